@@ -46,8 +46,8 @@ test-newest: setup
 	$(PYTHON) -m tools.newest $(PYTEST)
 
 # What these commands find is kept in docs/tested: a part that is run replaces that part of docs/tested.md.
-# What depends on the kernel, on kernels of Debian's suites, in an emulator: ten minutes each. KERNELS="6.1-cloud 6.12-rt"
-# takes some of them.
+# What depends on the kernel, on kernels of Debian's suites, in an emulator: hours for all of them.
+# KERNELS="6.1-cloud 6.12-rt" takes some of them.
 test-kernels: setup
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m tests.kernels $(KERNELS)
 

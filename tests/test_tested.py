@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tested
+from tests import tested, trust
 from tests.faults import report
 from tests.fuzz import __main__ as fuzz
 from tests.kernels import __main__ as kernels
@@ -99,4 +99,5 @@ def test_page_has_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     report.Found().write()
     fuzz.write(tested.kept(fuzz.KEPT, fuzz.Part))
     kernels.write_page()
+    trust.write_page()
     assert page.read_text() == (docs / "tested.md").read_text()

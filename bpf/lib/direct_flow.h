@@ -97,7 +97,7 @@ static __always_inline int create_direct_flow(struct __sk_buff *skb, const struc
 	if (p->tcp_flags)
 		note_sequence(p, &s->nat, &s->nat);
 	s->is_known = s->has_entry;
-	done = insert_source(skb, s, &p->flow, first_port(entry_of(s)));
+	done = insert_source(skb, s, &p->flow, entry_of(s));
 	s->entry = s->nat;
 	return done == INSERT_DONE ? TRANSLATE : insert_failed(s, done);
 }

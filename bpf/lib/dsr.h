@@ -57,7 +57,10 @@ static __always_inline bool is_next_hop(const struct bpf_fib_lookup *fib,
 		 (hop[3] ^ addr->word[3]));
 }
 
-/* Says if the client reaches the same backend from this port through another frontend. */
+/*
+ * Says if the client reaches the same backend from this port through another frontend, or has until
+ * a moment ago.
+ */
 static __always_inline bool is_dsr_clash(struct scratch *s, const struct flow *flow,
 					 const struct backend *backend)
 {
@@ -68,8 +71,8 @@ static __always_inline bool is_dsr_clash(struct scratch *s, const struct flow *f
 	s->key.proto = flow->proto;
 	s->key.stage = STAGE_INGRESS;
 	s->key.pad = 0;
-	return conntrack_read(&s->key, &s->other) && !is_closed(&s->other) &&
-	       !is_reverse(&s->other, flow);
+	return conntrack_read(&s->key, &s->other) && !is_reverse(&s->other, flow) &&
+	       !(is_closed_unclaimed(&s->other) & is_past_time_wait(&s->other, s->nat.last));
 }
 
 /*

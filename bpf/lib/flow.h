@@ -15,6 +15,7 @@
 #include "masquerade.h"
 #include "options.h"
 #include "route.h"
+#include "stale.h"
 #include "unserved.h"
 #include "xdp.h"
 
@@ -58,16 +59,15 @@ static __always_inline int frontend_gone(const struct packet *p)
 	return rejection(EVENT_BACKEND_GONE);
 }
 
-/* Sets what all entries of a new flow have in common. */
-static __always_inline void init_flow(struct scratch *s, const struct service *svc, u32 backend_id)
+/*
+ * Sets what the entries of a new flow have before its backend is chosen: the epoch among it, so
+ * that the next packet notices a backend that departs meanwhile.
+ */
+static __always_inline void init_flow(struct scratch *s, const struct service *svc)
 {
-	u32 id = svc->id;
-	u64 *epoch = map_at(epochs, id);
-
-	s->nat.service_id = id;
-	s->nat.backend_id = backend_id;
+	s->nat.service_id = svc->id;
 	s->nat.seen = 0;
-	s->nat.epoch = epoch ? (u16)*epoch : 0;
+	s->nat.epoch = (u16)epoch_of(svc->id);
 	s->nat.last = s->nat.created = coarse_now(s);
 	if (MEASURE_CONNECTIONS)
 		s->nat.created = bpf_ktime_get_ns();
@@ -75,11 +75,12 @@ static __always_inline void init_flow(struct scratch *s, const struct service *s
 
 /* Sets the original direction's entry of a new flow from its first packet and the backend. */
 static __always_inline void init_entry(struct scratch *s, const struct packet *p,
-				       const struct backend *backend)
+				       const struct backend *backend, u32 backend_id)
 {
 	const struct flow *flow = &p->flow;
 
 	s->key = *flow;
+	s->nat.backend_id = backend_id;
 	s->nat.src = flow->src;
 	s->nat.dst = backend->addr;
 	s->nat.sport = flow->sport;
@@ -88,6 +89,20 @@ static __always_inline void init_entry(struct scratch *s, const struct packet *p
 	s->nat.end = s->nat.acked = 0;
 	if (p->tcp_flags)
 		note_sequence(p, &s->nat, &s->nat);
+}
+
+/*
+ * Says if a new flow with its client's own port has to leave the reply direction to another flow of
+ * that client. A port below 1024 it keeps where that one is closed: see create_host_flow().
+ */
+static __always_inline bool is_reply_taken(const struct scratch *s, const struct nat *other)
+{
+	const u64 is_reserved = is_less(bpf_ntohs(s->key.dport), 1024);
+
+	if (becomes_same(other, &s->nat))
+		return false;
+	return !(is_closed_unclaimed(other) &
+		 (is_past_time_wait(other, s->nat.last) | is_reserved));
 }
 
 /* Inserts the reply direction's entry in @s with the client's own port. */
@@ -105,9 +120,7 @@ static __always_inline enum insert insert_reply(struct scratch *s)
 	}
 	known = conntrack_read(&s->key, &s->other);
 	/* The same flow may begin anew. */
-	if (known && !is_closed(other) &&
-	    !(other->sport == s->nat.sport && other->dport == s->nat.dport &&
-	      addr_equal(&other->src, &s->nat.src)))
+	if (known && is_reply_taken(s, other))
 		return INSERT_TAKEN;
 	return conntrack_put(s, known);
 }
@@ -131,7 +144,7 @@ static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scr
 	/* With DSR a client's port stays: its next packet may find that the other flow has ended.
 	 */
 	if (done == INSERT_TAKEN && !(DSR_SENDS && s->nat.flags & NAT_DSR))
-		done = take_port(skb, s, first_port(entry_of(s)));
+		done = take_port(skb, s, entry_of(s));
 	if (done != INSERT_DONE)
 		return done;
 	reply = s->key;
@@ -249,12 +262,12 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 		return pass(EVENT_MARTIAN);
 	if (!can_open_flow(skb, p))
 		return no_flow(skb, p, svc);
+	init_flow(s, svc);
 	backend = backend_for(p, s, &id, &verdict);
 	if (!backend)
 		return verdict;
 
-	init_flow(s, svc, id);
-	init_entry(s, p, backend);
+	init_entry(s, p, backend, id);
 	find_source(skb, s, p, backend);
 	done = insert_pair(skb, s, &p->flow, s->begun.is_fresh);
 	if (done != INSERT_DONE)
@@ -331,11 +344,11 @@ static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet
 		return PASS;
 	s->service = *svc;
 	svc = &s->service;
+	init_flow(s, svc);
 	backend = backend_for(p, s, &id, &verdict);
 	if (!backend)
 		return verdict;
-	init_flow(s, svc, id);
-	init_entry(s, p, backend);
+	init_entry(s, p, backend, id);
 	if (!host_address(skb, p, backend, &node)) {
 		/* It is reported with the Service. */
 		s->entry.service_id = svc->id;

@@ -77,7 +77,7 @@ static __always_inline struct service *service_of_host(const struct target *to)
 static __always_inline bool is_owner(const struct flow *flow, u32 service_id)
 {
 	struct target to = { flow->dst, flow->dport, service_protocol(flow->proto) };
-	struct service *svc = find_service(&to);
+	struct service *svc = AT_LOOPBACK ? service_of_host(&to) : find_service(&to);
 
 	if (!svc && is_redirected(flow, &to))
 		svc = redirected_service(&to);

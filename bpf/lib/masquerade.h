@@ -10,6 +10,7 @@
 #define EBPFPROXY_MASQUERADE_H
 
 #include "conntrack.h"
+#include "timeout.h"
 
 #define MASQUERADE_RANGE (MASQUERADE_LAST - MASQUERADE_FIRST + 1)
 /* So many ports are looked at for one that no flow has, and so many of those for sockets. */
@@ -68,21 +69,28 @@ static __always_inline bool is_of_own_socket(struct __sk_buff *skb, struct scrat
 	return is_used;
 }
 
-/*
- * Says if another flow may have the port of an entry: it is closed, and no other CPU is giving the
- * port away.
- */
-static __always_inline u8 is_free(const struct nat *nat)
+/* Says if a flow is closed, and no other CPU is giving its port away. */
+static __always_inline u64 is_closed_unclaimed(const struct nat *nat)
 {
 	const u8 seen = nat->seen;
 
 	_Static_assert(SEEN_RST << 1 == SEEN_CLAIMED, "one shift");
-	return has_closed(seen) << 1 & ~seen;
+	return (has_closed(seen) << 1 & ~seen) / SEEN_CLAIMED;
+}
+
+/* Says if packets with the same key become the same by both entries: they are of one client. */
+static __always_inline u64 becomes_same(const struct nat *nat, const struct nat *other)
+{
+	const word *a = (const word *)nat, *b = (const word *)other;
+	const u64 differs = (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) |
+			    (nat->sport ^ other->sport) | (nat->dport ^ other->dport);
+
+	return is_zero(differs >> 1 | (differs & 1));
 }
 
 /*
- * Looks from @start on for a port that no reply direction has, or one that is closed, and leaves it
- * in @s->key.
+ * Looks from @start on for a port that no reply direction has, or one that has been closed for long
+ * enough, and leaves it in @s->key. Another one that is closed is kept in @s->begun.
  */
 static __always_inline bool find_port(struct scratch *s, u32 *start)
 {
@@ -90,14 +98,40 @@ static __always_inline bool find_port(struct scratch *s, u32 *start)
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < FLOW_TRIES; i++) {
 		const struct nat *nat;
+		u64 is_free;
 
 		s->key.dport = bpf_htons((u16)(MASQUERADE_FIRST + *start));
 		*start = (*start + MASQUERADE_STEP) % MASQUERADE_RANGE;
 		nat = conntrack_lookup(&s->key);
-		if (!nat || is_free(nat))
+		if (!nat)
+			return true;
+		is_free = is_closed_unclaimed(nat);
+		s->begun.closed_port = select(is_free, s->key.dport, s->begun.closed_port);
+		/* The flow begins now. */
+		if (is_free & is_past_time_wait(nat, s->nat.last))
 			return true;
 	}
 	return false;
+}
+
+/* Takes a port that find_port() has passed, as there is no better one. */
+static __always_inline bool find_closed_port(struct scratch *s)
+{
+	s->key.dport = s->begun.closed_port;
+	return s->key.dport;
+}
+
+/*
+ * Says if the flow that had the port of number @start, and is closed, had the same ends as this
+ * one. If the backend has a half of that connection left, it knows this client.
+ */
+static __always_inline bool find_own_port(struct scratch *s, u32 start)
+{
+	const struct nat *nat;
+
+	s->key.dport = bpf_htons((u16)(MASQUERADE_FIRST + start));
+	nat = conntrack_lookup(&s->key);
+	return nat && is_closed_unclaimed(nat) & becomes_same(nat, &s->nat);
 }
 
 /*
@@ -115,28 +149,26 @@ static __always_inline enum insert insert_with_port(struct scratch *s)
 }
 
 /*
- * Returns the number of the port that the flow had before it was closed, from its entry, else any:
- * the backend may still have a half of that connection, which knows this client alone.
- */
-static __always_inline u32 first_port(const struct nat *known)
-{
-	u32 port = known ? bpf_ntohs(known->sport) - MASQUERADE_FIRST : bpf_get_prandom_u32();
-
-	return port % MASQUERADE_RANGE;
-}
-
-/*
  * Inserts the reply direction's entry of a flow with a free port: @s->key lacks only its dport, the
  * port that stands for the client, and @s->nat is what replies become. Leaves the port in @s->key.
- * The port of number @start is tried first.
+ * That which the flow had before it was closed, in the entry @known, is tried first.
  */
-static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s, u32 start)
+static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s,
+					     const struct nat *known)
 {
+	u32 start = known ? bpf_ntohs(known->sport) - MASQUERADE_FIRST : bpf_get_prandom_u32();
+	volatile u32 *has_own = &s->begun.has_own_port;
 	enum insert done;
 
+	start %= MASQUERADE_RANGE;
+	*has_own = known && find_own_port(s, start);
+	s->begun.closed_port = 0;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < SOCKET_TRIES; i++) {
-		if (!find_port(s, &start) || (MASQUERADE_PORTS_SHARED && is_of_own_socket(skb, s)))
+		const bool found = (!i && *has_own) || find_port(s, &start) ||
+				   (i == SOCKET_TRIES - 1 && find_closed_port(s));
+
+		if (!found || (MASQUERADE_PORTS_SHARED && is_of_own_socket(skb, s)))
 			continue;
 		/* Another CPU may have taken the port meanwhile. */
 		done = insert_with_port(s);
@@ -167,17 +199,18 @@ static __always_inline enum insert insert_original(struct scratch *s, bool was_k
 
 /*
  * Inserts the pair that gives the flow @key another source. @s->nat is what the original direction
- * becomes; its port is set here, from number @start on. @s->is_known says if @key has an entry.
+ * becomes; its port is set here. @known is the entry that @key has had so far, NULL where it has
+ * none, as @s->is_known says.
  */
 static __always_inline enum insert insert_source(struct __sk_buff *skb, struct scratch *s,
-						 const struct flow *key, u32 start)
+						 const struct flow *key, const struct nat *known)
 {
 	struct flow reply;
 	enum insert done;
 
 	s->nat.flags = NAT_SOURCE;
 	invert_entry(s, key);
-	done = take_port(skb, s, start);
+	done = take_port(skb, s, known);
 	if (done != INSERT_DONE)
 		return done;
 	reply = s->key;
@@ -230,7 +263,7 @@ static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scra
 			return INSERT_DONE;
 	}
 	s->nat.src = *addr;
-	return insert_source(skb, s, &between, first_port(s->is_known ? known : NULL));
+	return insert_source(skb, s, &between, s->is_known ? known : NULL);
 }
 
 /*

@@ -52,9 +52,11 @@ struct scratch {
 				struct {
 					struct inet_addr node; /* its source at the backend */
 					u32 is_masked;
-					u32 is_fresh; /* it gets a port of ours */
-					u32 ends4[3]; /* of a socket: see is_of_own_socket() */
-				} begun;	      /* see create_flow() */
+					u32 is_fresh;	 /* it gets a port of ours */
+					u32 ends4[3];	 /* of a socket: see is_of_own_socket() */
+					u32 closed_port; /* see find_port() */
+					u32 has_own_port;
+				} begun; /* see create_flow() */
 				struct {
 					struct flow original;
 					struct flow reply;

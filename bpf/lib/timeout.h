@@ -49,4 +49,17 @@ static __always_inline u64 is_over(const struct nat *original, const struct nat 
 	return is_less(last + limit, now);
 }
 
+/*
+ * Says if nothing is left at the backend of a connection that is closed, from the entry of its
+ * reply direction. A RST leaves nothing. After a FIN of both sides there may be a socket in
+ * TIME_WAIT, which answers another client's SYN with an ACK of the former connection. The client
+ * resets that, and sends its SYN again: Linux does so at once since 5.6, others after a second.
+ */
+static __always_inline u64 is_past_time_wait(const struct nat *closed, u64 now)
+{
+	const u64 limit = timeout(map_value(sweep), TIMEOUTS_TCP, SEEN_FIN | SEEN_REPLY_FIN, 0);
+
+	return (closed->seen / SEEN_RST & 1) | is_less(closed->last + limit, now);
+}
+
 #endif

@@ -9,13 +9,23 @@
 #include "stale.h"
 
 /*
+ * Says if a SYN is the one that the flow has begun with, sent again: it may end before data that
+ * the first one had (TCP Fast Open), or that has been sent since.
+ */
+static __always_inline bool is_repeated(const struct packet *syn, const struct nat *nat)
+{
+	return nat->end && nat->end - syn->seq_end <= 0xffff;
+}
+
+/*
  * Says if a flow's original direction leads to a backend that has left the Service, or came through
  * a frontend that has. @nat is a copy of the entry @in_map.
  */
-static __always_inline bool is_stale(const struct flow *flow, const struct nat *nat,
+static __always_inline bool is_stale(const struct packet *p, const struct nat *nat,
 				     struct nat *in_map, bool opens)
 {
 	const u64 epoch = epoch_of(nat->service_id);
+	const struct flow *flow = &p->flow;
 	struct backend *backend;
 
 	/* Nothing has left the Service since. Most packets need no more than this. */
@@ -30,9 +40,10 @@ static __always_inline bool is_stale(const struct flow *flow, const struct nat *
 		return true;
 	/*
 	 * No new connection goes to a backend that takes none: its client may have lost the old one
-	 * unnoticed.
+	 * unnoticed. One that is being opened stays, as with netfilter, while its Service chooses
+	 * the backend: another one may not answer before this one does.
 	 */
-	if (opens && backend->state != BACKEND_ACTIVE)
+	if (opens && backend->state != BACKEND_ACTIVE && !is_repeated(p, nat))
 		return true;
 	if (nat->epoch == (u16)epoch)
 		return false;
@@ -70,7 +81,7 @@ static __always_inline enum flow_verdict flow_verdict_of(const struct packet *p,
 	/* A masquerade ends with the flow that it belongs to. */
 	if (nat->flags & NAT_REPLY || (nat->flags & NAT_SOURCE && !is_of_no_service(nat)))
 		return FLOW_FORWARD;
-	if (!(nat->flags & NAT_SOURCE) && is_stale(&p->flow, nat, in_map, opens))
+	if (!(nat->flags & NAT_SOURCE) && is_stale(p, nat, in_map, opens))
 		return p->flow.proto != IPPROTO_TCP || opens ? FLOW_MOVE : FLOW_REJECT;
 	/* A client that uses its port again opens another connection. */
 	return opens && is_closed(nat) ? FLOW_RESTART : FLOW_FORWARD;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import msgspec
 from ebpfproxy.agent.local_socket import OTHER_VERSION, SECONDS, NoAgentError, ask
 from ebpfproxy.health.http import Answer, Respond, json_answer, text_answer
 from ebpfproxy.kube.objects import ObjectKey
+from ebpfproxy.services.model import format_address
 from ebpfproxy.services.reasons import ServiceReasons
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ _SERVICES = "services"
 CHECK, REPAIR = "check", "repair"
 #: Its configuration, and its metrics.
 CONFIG, METRICS = "configz", "metrics"
+#: The page with the drain requests that are carried out: each an address and a port.
+_DRAINED = "drained"
+_REQUESTS = msgspec.json.Decoder(frozenset[tuple[str, int]])
 _REASONS = msgspec.json.Decoder(ServiceReasons)
 
 
@@ -50,8 +55,13 @@ def pages(
             lambda answer: drift.ask(lambda report: answer.set_result(json_answer(report)), repairs=repairs)
         )
 
+    def drained(_: str) -> Future[Answer]:
+        # The reconciler has programmed what it has told its tracker before it answers.
+        return messages.ask(lambda answer: answer.set_result(_drained(tracker)))
+
     return {
         _SERVICES: service,
+        _DRAINED: drained,
         CHECK: lambda _: compared(repairs=False),
         REPAIR: lambda _: compared(repairs=True),
         CONFIG: lambda _: json_answer(dict(configz)),
@@ -70,6 +80,23 @@ def ask_reasons(bpf_root: Path, namespace: str, name: str, seconds: float = SECO
     if reply.status != 404:
         raise NoAgentError(reply.body.decode(errors="replace"))
     return None
+
+
+def ask_drained(bpf_root: Path, seconds: float = SECONDS) -> frozenset[tuple[bytes, int]]:
+    """Asks the agent for the drain requests that it carries out. Raises NoAgentError."""
+    reply = ask(bpf_root, _DRAINED, seconds)
+    if reply.status != 200:
+        raise NoAgentError(reply.body.decode(errors="replace"))
+    try:
+        return frozenset((ip_address(text).packed, port) for text, port in _REQUESTS.decode(reply.body))
+    except (msgspec.DecodeError, ValueError) as error:
+        raise NoAgentError(OTHER_VERSION) from error
+
+
+def _drained(tracker: Tracker) -> Answer:
+    if not tracker.synced:
+        return text_answer("the agent has not received all Services yet", 503)
+    return json_answer([(format_address(address), port) for address, port in tracker.drained])
 
 
 def _service(tracker: Tracker, key: ObjectKey) -> Answer:

@@ -18,7 +18,6 @@ import signal
 import time
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import ebpfproxy
 from ebpfproxy.agent import collectors, drain, kube_events, local_pages, state
@@ -40,7 +39,7 @@ from ebpfproxy.agent.succession import Predecessor, Successors
 from ebpfproxy.agent.telemetry import Telemetry
 from ebpfproxy.agent.tracing import TracingFollower
 from ebpfproxy.config.datapath import Xdp
-from ebpfproxy.config.file_watch import watch_file
+from ebpfproxy.config.file_watch import ReadFile
 from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
 from ebpfproxy.datapath.kernel import maps, probe, roots
 from ebpfproxy.datapath.kernel.grace import Grace
@@ -59,6 +58,8 @@ from ebpfproxy.services.tracker import Tracker
 
 log = get_logger(__name__)
 
+_CHANGED = "the configuration has changed"
+
 
 class Agent:
     """One node's agent. :meth:`run` is the reconciler, and returns after SIGTERM or SIGINT.
@@ -73,7 +74,7 @@ class Agent:
         configz: Mapping[str, object],
         *,
         handover: Handover,
-        config: Path | None = None,
+        config: ReadFile | None = None,
         init_only: bool = False,
         standby: bool = False,
     ) -> None:
@@ -116,7 +117,7 @@ class Agent:
         gc.disable()
         lock = self._lock_roots()
         if lock is None:
-            return False
+            return self._starts_anew
         self._mounts = MountFollower(lock, self._options.bpf_root)
         features = probe.probe().without(self._options.without)
         if self._init_only:
@@ -191,7 +192,10 @@ class Agent:
         telemetry.start()
 
     def _lock_roots(self) -> roots.Lock | None:
-        """None if another agent runs, and nothing is to be done beside it. Raises RootError."""
+        """None if another agent runs, and nothing is to be done beside it, or not with this configuration.
+
+        Raises RootError.
+        """
         options = self._options
         mounted = roots.ensure_bpffs(options.bpf_root)
         if mounted:
@@ -210,7 +214,14 @@ class Agent:
             signal.signal(number, _end)
         lock, sockets = self._predecessor.wait_for_lock(folders, options.bpf_root)
         self._listeners.inherit(sockets)
-        return lock
+        if self._config is None or not self._config.has_changed:
+            return lock
+        # It may have waited for long: nothing is programmed as an old configuration says.
+        log.info("stopping", reason=_CHANGED)
+        self._starts_anew = True
+        self._listeners.leave_to_next()
+        lock.release()
+        return None
 
     def _open(self, features: probe.Features) -> None:
         """Opens the maps, and creates the parts that need them."""
@@ -271,7 +282,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         if self._config is not None:
-            watch_file(self._config, lambda: put(Stop("the configuration has changed")))
+            self._config.watch(lambda: put(Stop(_CHANGED)))
         NetworkWatcher(lambda found: put(NetworkChanged(found))).start()
 
     def _learn_network(self) -> bool:

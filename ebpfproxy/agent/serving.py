@@ -40,7 +40,7 @@ class Serving:
         self.node_port_health = NodePortHealth(
             lambda: self.health.healthy, self._port_not_bound, listen=listeners.listen
         )
-        self.servers = http_servers.servers(options, self.health, metrics, configz, listeners.listen)
+        self.servers = http_servers.servers(options, self.health, metrics, configz, listeners.listen_instead)
         self._is_started = False
         self._start_by = time.monotonic() + HOLD_SECONDS
 

@@ -77,7 +77,7 @@ class _LazyGroup(PlainErrorsGroup):
     help="End the command when standard input ends, as it does with the connection of `kubectl exec -i`.",
 )
 def main(end_with_input: bool) -> None:
-    """An eBPF kube-proxy replacement that works with any CNI."""
+    """An eBPF kube-proxy replacement that works beside the CNI of the cluster."""
     if end_with_input:
         threading.Thread(target=_end_with_input, daemon=True).start()
 

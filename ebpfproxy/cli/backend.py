@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ebpfproxy.agent.local_pages import ask_drained
+from ebpfproxy.agent.local_socket import NoAgentError
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import console, echo, emit_watching, table
@@ -79,12 +81,30 @@ def drain(address: str, undo: bool, bpf_root: Path) -> None:
         if not is_locked(bpf_root):
             echo(f"{address}: request saved; it is applied when an agent runs")
             return
-        deadline = time.monotonic() + _AGENT_SECONDS
-        while any((row.state == "drained") is undo for row in _rows(maps, target)):
-            if time.monotonic() > deadline:
-                raise click.ClickException(f"{address}: request saved, but the agent has not applied it yet")
-            time.sleep(0.05)
+        _wait(bpf_root, requests, target, address, undo=undo)
+        rows = _rows(maps, target)
     echo(f"{address} is {'no longer drained' if undo else 'drained'}")
+    if undo and any(row.state == "drained" for row in rows):
+        echo("It still gets no new connections: its weight is 0, or another request drains it")
+
+
+def _wait(bpf_root: Path, requests: Drained, target: tuple[bytes, int], address: str, *, undo: bool) -> None:
+    """Returns once the agent has applied the request, which its backends need not show.
+
+    One that is not ready gets no new connections anyway, and one with weight 0 counts as drained. Raises
+    ClickException.
+    """
+    deadline, why = time.monotonic() + _AGENT_SECONDS, ""
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            if (target in ask_drained(bpf_root, left)) is not undo:
+                return
+        except NoAgentError as error:
+            why = f": {error}"
+        if not undo and target not in requests.read():
+            raise click.ClickException(f"{address}: its endpoint is deleted, and the request with it")
+        time.sleep(0.05)
+    raise click.ClickException(f"{address}: request saved, but the agent has not applied it yet{why}")
 
 
 def _parse(text: str) -> tuple[bytes, int]:

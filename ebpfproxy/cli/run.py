@@ -17,7 +17,8 @@ from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import echo
 from ebpfproxy.config.bind_address import BindAddressError
 from ebpfproxy.config.documents import ConfigurationError
-from ebpfproxy.config.load import Configuration, effective, ignored_fields, load
+from ebpfproxy.config.file_watch import ReadFile
+from ebpfproxy.config.load import Configuration, effective, ignored_fields, parse, read
 from ebpfproxy.config.node_port_addresses import NodePortAddressesError
 from ebpfproxy.config.write import configz, to_yaml
 from ebpfproxy.kube.errors import ConfigError, ManifestError
@@ -84,7 +85,8 @@ def command(
         cleanup_kube_proxy()
         return
     try:
-        given = load(config) if config is not None else Configuration()
+        text = read(config) if config is not None else b""
+        given = parse(text, str(config)) if config is not None else Configuration()
         used = effective(given, settings.given(ctx))
     except ConfigurationError as error:
         raise click.ClickException(str(error)) from error
@@ -108,7 +110,7 @@ def command(
             proxy = Agent(
                 agent,
                 configz(in_use(used, agent)),
-                config=config,
+                config=ReadFile(config, text) if config is not None else None,
                 init_only=init_only,
                 standby=standby,
                 handover=NodeHandover(),

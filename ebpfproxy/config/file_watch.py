@@ -1,4 +1,4 @@
-"""Notices a changed configuration file, so that the agent can exit and be restarted with the new one."""
+"""Notices a changed configuration file, so that the agent can start anew with the new one."""
 
 from __future__ import annotations
 
@@ -10,23 +10,35 @@ from pathlib import Path
 _SECONDS = 1.0
 
 
-def watch_file(path: Path, changed: Callable[[], None], seconds: float = _SECONDS) -> None:
-    """Calls ``changed`` once, from a thread, when the content has changed. A missing file is no change.
+class ReadFile:
+    """A file, and the content that is in use.
 
-    The file is polled, not watched: a ConfigMap's file is a link to a link, replaced by renaming a directory.
+    It is compared with what was parsed, not with what is there when watching begins: an agent that stands by
+    (``agent.succession``) may wait for days between the two.
     """
-    before = _content(path)
 
-    def run() -> None:
-        while _content(path) in (None, before):
-            pause.wait(seconds)
-        changed()
+    def __init__(self, path: Path, content: bytes) -> None:
+        self._path = path
+        self._content = content
 
-    pause = threading.Event()
-    threading.Thread(target=run, name="configuration", daemon=True).start()
+    @property
+    def has_changed(self) -> bool:
+        """A missing file is no change, and neither is what can be read once only, as a pipe."""
+        with suppress(OSError):
+            return self._path.is_file() and self._path.read_bytes() != self._content
+        return False
 
+    def watch(self, changed: Callable[[], None], seconds: float = _SECONDS) -> None:
+        """Calls ``changed`` once, from a thread, when the content is another one.
 
-def _content(path: Path) -> bytes | None:
-    with suppress(OSError):
-        return path.read_bytes()
-    return None
+        The file is polled, not watched: a ConfigMap's file is a link to a link, replaced by renaming a
+        directory.
+        """
+
+        def run() -> None:
+            while not self.has_changed:
+                pause.wait(seconds)
+            changed()
+
+        pause = threading.Event()
+        threading.Thread(target=run, name="configuration", daemon=True).start()

@@ -36,11 +36,15 @@ class Configuration(msgspec.Struct, frozen=True):
 
 def load(path: Path) -> Configuration:
     """Reads one file. Raises ConfigurationError with all errors."""
+    return parse(read(path), str(path))
+
+
+def read(path: Path) -> bytes:
+    """Returns the file's content. Raises ConfigurationError."""
     try:
-        text = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ConfigurationError([Problem(str(path), "", error.strerror or str(error))]) from error
-    return parse(text, str(path))
 
 
 def parse(text: str | bytes, name: str) -> Configuration:

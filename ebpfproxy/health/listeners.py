@@ -7,6 +7,7 @@ an agent that waits for its end (``agent.succession``).
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -25,6 +26,8 @@ Listen = Callable[[str, int], socket.socket]
 _OWN = "EBPFPROXY_LISTENERS"
 #: The first descriptor that systemd passes (sd_listen_fds(3)).
 _FIRST = 3
+#: All addresses: of both families, or of IPv4 where there is no IPv6.
+_WILDCARDS = ("::", "0.0.0.0")
 
 
 def inherited() -> list[socket.socket]:
@@ -67,16 +70,39 @@ class Listeners:
 
     def listen(self, host: str, port: int) -> socket.socket:
         """The socket of an earlier agent with this address, else a new one. Raises OSError."""
-        hosts = (host,) if host else ("::", "0.0.0.0")
+        return self._listen(host, port)
+
+    def listen_instead(self, host: str, port: int) -> socket.socket:
+        """As :meth:`listen`, also where an earlier agent had the port at all addresses, or at one of them.
+
+        Its socket is in the way of a new one, and is closed first.
+        """
+        return self._listen(host, port, closes=True)
+
+    def _listen(self, host: str, port: int, *, closes: bool = False) -> socket.socket:
+        hosts = (_canonical(host),) if host else _WILDCARDS
         with self._lock:
             at = next(((each, port) for each in hosts if (each, port) in self._inherited), None)
             found = self._inherited.pop(at) if at is not None else None
             if found is None:
-                found = listen(host, port)
+                try:
+                    found = listen(host, port)
+                except OSError as error:
+                    if not closes or error.errno != errno.EADDRINUSE or not self._close_others(hosts, port):
+                        raise
+                    found = listen(host, port)
             self._made = [each for each in self._made if each.fileno() >= 0]
             self._made.append(found)
         _store(found)
         return found
+
+    def _close_others(self, hosts: Iterable[str], port: int) -> bool:
+        """Closes those that exclude a socket at the hosts' port. True if there are any. The lock is held."""
+        is_wildcard = not set(_WILDCARDS).isdisjoint(hosts)
+        others = [at for at in self._inherited if at[1] == port and (is_wildcard or at[0] in _WILDCARDS)]
+        for at in others:
+            _close_everywhere(self._inherited.pop(at))
+        return bool(others)
 
     def release_inherited(self) -> None:
         """Closes those at whose address nobody listens any more, for every process that has them."""
@@ -84,9 +110,7 @@ class Listeners:
             unused = list(self._inherited.values())
             self._inherited.clear()
         for each in unused:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
+            _close_everywhere(each)
 
     def sockets(self) -> list[socket.socket]:
         """All that are open."""
@@ -100,6 +124,21 @@ class Listeners:
             os.set_inheritable(each, True)
         os.environ[_OWN] = ",".join(map(str, copies))
         return copies
+
+
+def _canonical(host: str) -> str:
+    """The host as the kernel shows it in a socket's name."""
+    with suppress(OSError):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return str(socket.getaddrinfo(host, None, family)[0][4][0])
+    return host
+
+
+def _close_everywhere(sock: socket.socket) -> None:
+    """Nobody listens at its address then, though other processes, or systemd, may still have it."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
 
 
 def _accepts(sock: socket.socket) -> bool:

@@ -13,7 +13,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
-from ebpfproxy.kube.errors import ConfigError
+from ebpfproxy.kube.errors import ConfigError, without_credentials
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TOKEN_FILE, CA_FILE = _ACCOUNT / "token", _ACCOUNT / "ca.crt"
@@ -42,7 +42,9 @@ class Access(NamedTuple):
 def check_url(url: str, field: str, schemes: tuple[str, ...] = ("http", "https")) -> None:
     """Raises ConfigError."""
     if url.partition("://")[0] not in schemes or "://" not in url:
-        raise ConfigError(f"{field}: {url!r} does not begin with {' or '.join(f'{s}://' for s in schemes)}")
+        # Without a scheme the credentials are at the beginning.
+        shown = without_credentials(url if "://" in url else f"://{url}").removeprefix("://")
+        raise ConfigError(f"{field}: {shown!r} does not begin with {' or '.join(f'{s}://' for s in schemes)}")
 
 
 def bearer(token: str, source: str = "the token") -> str:
@@ -117,8 +119,11 @@ def pool(access: Access, **options: object) -> urllib3.PoolManager:
             return SOCKSProxyManager(proxy, **given)  # type: ignore[arg-type]
         # The cluster's authority vouches for a proxy with HTTPS, too, as it does for kubectl.
         return urllib3.ProxyManager(proxy, proxy_ssl_context=access.tls, **given)  # type: ignore[arg-type]
+    except urllib3.exceptions.LocationParseError as error:
+        # Its message may have a part of a password.
+        raise ConfigError(f"proxy {without_credentials(proxy)}: not a valid URL") from error
     except (urllib3.exceptions.HTTPError, ValueError, ImportError) as error:
-        raise ConfigError(f"proxy {proxy}: {error}") from error
+        raise ConfigError(without_credentials(f"proxy {proxy}: {error}")) from error
 
 
 def proxy_of(access: Access) -> str | None:

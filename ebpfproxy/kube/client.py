@@ -19,7 +19,7 @@ from ebpfproxy.kube import access, control_plane, failures, kubeconfig
 from ebpfproxy.kube.access import Access, check_url
 from ebpfproxy.kube.backoff import Backoff
 from ebpfproxy.kube.decode import decode_status
-from ebpfproxy.kube.errors import ConfigError
+from ebpfproxy.kube.errors import ConfigError, without_credentials
 from ebpfproxy.kube.failures import Failure
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.logs import get_logger
@@ -133,8 +133,8 @@ class ApiConnection:
 
     @property
     def host(self) -> str:
-        """Where requests go: ``https://10.0.0.1:6443``."""
-        return self._session.access.server
+        """Where requests go, for logs and errors: ``https://10.0.0.1:6443``."""
+        return without_credentials(self._session.access.server)
 
     @property
     def kubeconfig_server(self) -> str:
@@ -150,7 +150,7 @@ class ApiConnection:
                 self._unverified = found.server
                 log.warning(
                     "the API server's certificate is not verified (insecure-skip-tls-verify)",
-                    server=found.server,
+                    server=without_credentials(found.server),
                 )
         # A connection for each watch, and one to list meanwhile.
         return _Session(found, access.pool(found, socket_options=list(KEEPALIVE), maxsize=8))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import enum
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from ebpfproxy.kube.objects import RECORD_TYPES, Object, ObjectKey, Resource, key_of
+
+T = TypeVar("T")
 
 
 class EventType(enum.StrEnum):
@@ -103,6 +105,27 @@ def explain(error: Exception) -> str:
     """Returns msgspec's message with the field first, as the API writes it."""
     found = re.fullmatch(r"(.*) - at `\$\.?(.*)`", str(error))
     return f"{found[2]}: {found[1]}" if found else str(error)
+
+
+def from_plain(value: object, kind: type[T]) -> T:
+    """Converts what YAML has been read to. A null stands for an absent field, as in the API.
+
+    Raises msgspec.ValidationError, also for a value that contains itself.
+    """
+    try:
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError:
+            # Without nulls, which are rare, nothing is walked through twice.
+            return msgspec.convert(_without_nulls(value), kind)
+    except RecursionError as error:
+        raise msgspec.ValidationError("contains itself") from error
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _meta_of(raw: msgspec.Raw) -> _Meta:

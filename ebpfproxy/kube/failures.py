@@ -9,6 +9,7 @@ from http.client import responses
 import urllib3
 
 from ebpfproxy.kube.decode import Status
+from ebpfproxy.kube.errors import without_credentials
 
 
 class Failure(Exception):  # noqa: N818 - a failure to go on, not an error of ours
@@ -78,7 +79,10 @@ def of_exception(error: BaseException) -> Failure:
     causes = [error, *error.args, error.__cause__, error.__context__]
     kinds = {type(cause).__name__ for cause in causes if isinstance(cause, BaseException)}
     reason = next((reason for kind, reason in _REASONS if kind in kinds), "connection")
-    text = " ".join(_CONNECTION.sub("", _text(error)).split())
+    text = without_credentials(" ".join(_CONNECTION.sub("", _text(error)).split()))
+    if isinstance(error, urllib3.exceptions.LocationParseError):
+        # Its message may have a part of a password.
+        text = "not a valid URL"
     return Failure(reason, text or type(error).__name__)
 
 

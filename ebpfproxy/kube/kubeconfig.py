@@ -19,7 +19,7 @@ import yaml
 
 from ebpfproxy import yaml_text
 from ebpfproxy.kube.access import Access, bearer, check_url, token_file, unverified, verifying
-from ebpfproxy.kube.decode import explain
+from ebpfproxy.kube.decode import explain, from_plain
 from ebpfproxy.kube.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ class _Cluster(_Kebab, frozen=True):
 
 class _Variable(msgspec.Struct, frozen=True):
     name: str
-    value: str
+    value: str = ""
 
 
 class _Exec(msgspec.Struct, frozen=True, rename="camel"):
@@ -91,7 +91,7 @@ class File(_Kebab, frozen=True):
 
 def parse(text: str | bytes) -> File:
     """Raises YAMLError, ValueError and msgspec.ValidationError."""
-    return msgspec.convert(yaml_text.load(text), File)
+    return from_plain(yaml_text.load(text), File)
 
 
 def server_of(file: File) -> str:

@@ -18,7 +18,7 @@ import watchfiles
 import yaml
 
 from ebpfproxy import yaml_text
-from ebpfproxy.kube.decode import Unreadable, explain
+from ebpfproxy.kube.decode import Unreadable, explain, from_plain
 from ebpfproxy.kube.errors import ManifestError
 from ebpfproxy.kube.objects import (
     RECORD_TYPES,
@@ -281,6 +281,6 @@ def _objects(document: dict[str, Any], where: str) -> Iterator[Object]:
     metadata = document.get("metadata")
     name = metadata.get("name") if isinstance(metadata, dict) else None
     try:
-        yield msgspec.convert(document, RECORD_TYPES[resource])
+        yield from_plain(document, RECORD_TYPES[resource])
     except msgspec.ValidationError as error:
         raise ManifestError(plain(f"{where}, {kind} {name or '(no name)'}: {explain(error)}")) from error

@@ -242,7 +242,11 @@ class _Reader:
     def _addresses(
         self, cluster_ips: tuple[str, ...], internal: Policy, external: Policy
     ) -> Iterator[tuple[FrontendKind, bytes, Policy, Policy]]:
-        """Kind, address, and the policies of the internal and the external scope."""
+        """Kind, address, and the policies of the internal and the external scope.
+
+        Load-balancer addresses come before external IPs, because source ranges apply to them even where
+        spec.externalIPs has them, too (kube-proxy adds each of them to its firewall).
+        """
         spec, status = self._service.spec, self._service.status
         families = set()
         for i, text in enumerate(cluster_ips):
@@ -250,21 +254,19 @@ class _Reader:
             if address is not None:
                 families.add(_family(address))
                 yield _CLUSTER_IP, address, internal, internal
+        balancer = status.load_balancer if status is not None and spec.type == "LoadBalancer" else None
+        for i, ingress in enumerate((balancer.ingress or ()) if balancer is not None else ()):
+            if not ingress.ip or ingress.ip_mode not in (None, "", "VIP"):
+                continue
+            address = self._address(f"status.loadBalancer.ingress[{i}].ip", ingress.ip)
+            if address is not None and _family(address) in families:
+                yield _LOAD_BALANCER, address, _CLUSTER, external
         if spec.external_ips and not self._external_ips:
             self._warn("spec.externalIPs", "not used: external IPs are switched off")
         for i, text in enumerate((spec.external_ips or ()) if self._external_ips else ()):
             address = self._address(f"spec.externalIPs[{i}]", text)
             if address is not None and _family(address) in families:
                 yield _EXTERNAL_IP, address, _CLUSTER, external
-        balancer = status.load_balancer if status is not None else None
-        if spec.type != "LoadBalancer" or balancer is None:
-            return
-        for i, ingress in enumerate(balancer.ingress or ()):
-            if not ingress.ip or ingress.ip_mode not in (None, "", "VIP"):
-                continue
-            address = self._address(f"status.loadBalancer.ingress[{i}].ip", ingress.ip)
-            if address is not None and _family(address) in families:
-                yield _LOAD_BALANCER, address, _CLUSTER, external
 
     def _address(self, field: str, text: str) -> bytes | None:
         address = parse_address(text)

@@ -318,6 +318,11 @@ class Tracker:
             zone=self._zone,
         )
 
+    @property
+    def drained(self) -> frozenset[tuple[bytes, int]]:
+        """What :meth:`set_drained` was told last."""
+        return self._drained
+
     def set_drained(self, drained: frozenset[tuple[bytes, int]]) -> None:
         """Addresses and ports (0: all) that shall take no new connections from this node."""
         addresses = {address for address, _ in self._drained ^ drained}

@@ -6,7 +6,7 @@ link-local) and felix/dataplane/linux/endpoint_mgr.go (strict rp_filter, route_l
 felix/dataplane/linux/{route,vxlan,noencap}_mgr.go: blocks of other nodes through their VTEP, or from BGP through the node,
 and a blackhole for the own block. Rules: felix/rules/{static,dispatch,endpoints,policy,nat}.go; they have the same
 meaning for iptables and for nftables, whose table is felix/nftables/{table,match_builder,actions}.go's. IPIP needs a device
-that this kernel lacks.
+that not every kernel has: :mod:`tests.cnis.tunnels`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Pods of other nodes behind tunnels, and pods on ipvlan and netkit.
 
-WireGuard's device and routes are those of flannel 0.28.9 (pkg/backend/wireguard/{wireguard_network,device}.go).
+WireGuard's device and routes are those of flannel 0.28.9 (pkg/backend/wireguard/{wireguard_network,device}.go), IPIP's
+those of Calico's main branch (felix/dataplane/linux/ipip_mgr.go).
 """
 
 from __future__ import annotations
@@ -32,6 +33,24 @@ class Geneve(Devices):
                 f"address add {_first(node, family)}/{length} dev {device} {'nodad' if length == '128' else ''}",
                 f"-{family[-1]} route add {pod_cidr(other, family)} via {_first(other, family)} onlink dev {device}",
             )
+
+
+class CalicoIpip(Devices):
+    """The device for tunnels to any node, and a route through each; IPv6 is routed."""
+
+    needs = ("ipip",)
+    routes_pods = False
+
+    def prepare(self, node: LabNode) -> None:
+        # The module makes it in every network namespace.
+        ip(node, f"address add {_first(node, 'IPv4')}/32 dev tunl0", "link set tunl0 mtu 1480 up")
+
+    def join(self, node: LabNode, other: LabNode) -> None:
+        ip(
+            node,
+            f"route add {pod_cidr(other, 'IPv4')} via {other.address} dev tunl0 onlink mtu 1480",
+            f"route add {pod_cidr(other, 'IPv6')} via {other.address6}",
+        )
 
 
 class FlannelWireguard(Devices):
@@ -160,6 +179,7 @@ class Netkit(Devices):
 
 NETWORKS: list[Devices] = [
     Geneve("Geneve"),
+    CalicoIpip("IPIP as Calico's"),
     FlannelWireguard("WireGuard as flannel's"),
     Ipvlan("ipvlan, L2, with one of the node", "l2"),
     Ipvlan("ipvlan, L3", "l3"),

@@ -121,7 +121,7 @@ def bench(pins: Path) -> Iterator[Bench]:
         (Protocol.TCP, Seen.REPLY, 86400),
         (Protocol.TCP, Seen.REPLY | Seen.FIN, 3600),
         (Protocol.TCP, Seen.REPLY | Seen.REPLY_FIN, 3600),
-        (Protocol.TCP, Seen.REPLY | BOTH_FIN, 30),
+        (Protocol.TCP, Seen.REPLY | BOTH_FIN, 70),
         (Protocol.TCP, Seen.REPLY | Seen.RST, 30),
         (Protocol.UDP, Seen(0), 30),
         (Protocol.UDP, Seen.REPLY, 120),

@@ -90,6 +90,7 @@ class _Flows:
     KEY = flow_layout.pack_flow(Flow(backend(1).address, CLIENT, 80, 2000, Protocol.TCP, False))
 
     def __init__(self, pins: Path, stack: ExitStack) -> None:
+        self._pins, self._stack = pins, stack
         self.old, self.new = Sockets(pins, stack, 64), Sockets(pins, stack, 128)
         self.uses = {id(self.old): BackendUse(3, 5), id(self.new): BackendUse(4, 6)}
         for sockets in (self.old, self.new):
@@ -98,6 +99,13 @@ class _Flows:
             sockets.maps.backends().write(backend_id, backend(1), BackendState.ACTIVE)
         self.migration = MapMigration(pins, self.new.maps, self.new.programs)
         stack.callback(self.migration.close)
+
+    def find_maps_of_a_killed_agent(self) -> None:
+        """Its programs for the new maps may be attached."""
+        self.new.maps.adopted = True
+        self.migration.close()
+        self.migration = MapMigration(self._pins, self.new.maps, self.new.programs)
+        self._stack.callback(self.migration.close)
 
     def put(self, sockets: Sockets, client: int, created: int, seen: int = 0, last: int = 0) -> None:
         """The port is that of a client with this port."""
@@ -182,6 +190,7 @@ def test_what_programs_for_the_new_maps_write_while_flows_are_read_stays(
 
     monkeypatch.setattr(map_migration, "_merge_filters", write)
     flows.put(flows.old, 1001, created=10, seen=Seen.REPLY, last=20)
+    flows.find_maps_of_a_killed_agent()
     expected = Seen.RST | Seen.REPLY if client == 1001 else Seen.RST
     assert flows.copied() == (client, expected, 50)
 

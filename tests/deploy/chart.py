@@ -7,8 +7,9 @@ any other function, an undefined value or a piece of syntax that is not listed h
 - ``if``, ``with``, ``else``, ``end``; nothing, false, zero, "" and empty collections are false
 - a value: ``.Values.a.b``, ``.Chart.AppVersion``, ``.Release.Namespace``, ``.`` in ``with``, ``$.…`` from
   the top
-- pipelines of ``toYaml``, ``nindent N``, ``quote``, ``default X``, ``not``; the first may have its argument
-  beside it
+- pipelines of ``toYaml``, ``nindent N``, ``quote``, ``default X``, ``not``, ``index M K``, ``include N .``,
+  ``regexFind R``, ``trimPrefix P``, ``trimAll C``; the first may have its arguments beside it
+- ``define`` at the top of ``_helpers.tpl``, for ``include``
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import yaml
@@ -26,6 +28,7 @@ from tests.deploy.objects import DEPLOY, Objects, by_name
 CHART = DEPLOY / "chart"
 _ACTION = re.compile(r"\{\{(-\s)?\s*(/\*.*?\*/|[^{}]*?)\s*(\s-)?\}\}", re.DOTALL)
 _WORD = re.compile(r'"[^"\\]*"|[^\s|]+|\|')
+_HELPERS = "_helpers.tpl"
 _PATH = re.compile(r"\$?(\.[A-Za-z][A-Za-z0-9]*)*\.?")
 
 
@@ -62,7 +65,7 @@ def render_chart(values: Mapping[str, Any] | None = None, namespace: str = "kube
     """Returns all objects by kind and name."""
     top = chart_values(values or {}, namespace)
     found = []
-    for path in sorted((CHART / "templates").iterdir()):
+    for path in sorted((CHART / "templates").glob("*.yaml")):
         text = render(path.read_text(), top)
         try:
             found += [each for each in yaml_text.load_all(text) if each is not None]
@@ -117,10 +120,10 @@ def _parse(parts: list[_Text | _Value], depth: int) -> tuple[list[Any], str]:
             if rest or not depth:
                 raise TemplateError(f"{part.pipeline!r}")
             return nodes, word
-        if word in ("if", "with"):
+        if word in ("if", "with", "define"):
             body, closing = _parse(parts, depth + 1)
             otherwise: list[Any] = []
-            if closing == "else":
+            if closing == "else" and word != "define":
                 otherwise, closing = _parse(parts, depth + 1)
             if closing != "end":
                 raise TemplateError(f"{part.pipeline!r} has no end")
@@ -137,6 +140,8 @@ def _output(nodes: list[Any], dot: Any, top: Mapping[str, Any]) -> str:
             found.append(node.text)
         elif isinstance(node, _Value):
             found.append(_shown(_evaluate(node.pipeline, dot, top)))
+        elif node.kind == "define":
+            raise TemplateError(f"define {node.pipeline} outside of {_HELPERS}")
         else:
             value = _evaluate(node.pipeline, dot, top)
             inner = value if node.kind == "with" else dot
@@ -168,7 +173,7 @@ def _evaluate(pipeline: str, dot: Any, top: Mapping[str, Any]) -> Any:
             value = _operand(name, dot, top)
         else:
             arguments = [_operand(word, dot, top) for word in words]
-            value = _call(name, arguments if i == 0 else [*arguments, value])
+            value = _call(name, arguments if i == 0 else [*arguments, value], top)
     return value
 
 
@@ -187,8 +192,26 @@ def _operand(word: str, dot: Any, top: Mapping[str, Any]) -> Any:
     return value
 
 
-def _call(name: str, arguments: list[Any]) -> Any:
+@cache
+def _defined() -> Mapping[str, list[Any]]:
+    """Returns the templates of ``_helpers.tpl`` by name."""
+    nodes, _ = _parse(_split((CHART / "templates" / _HELPERS).read_text()), 0)
+    return {_operand(each.pipeline, None, {}): each.body for each in nodes if isinstance(each, _Block)}
+
+
+def _call(name: str, arguments: list[Any], top: Mapping[str, Any]) -> Any:
     match name, arguments:
+        case "include", [str(defined), dot] if defined in (helpers := _defined()):
+            return _output(helpers[defined], dot, top)
+        case "index", [Mapping() as value, str(key)]:
+            return value.get(key)
+        case "regexFind", [str(expression), str(value)]:
+            found = re.search(expression, value)
+            return found[0] if found is not None else ""
+        case "trimPrefix", [str(prefix), str(value)]:
+            return value.removeprefix(prefix)
+        case "trimAll", [str(characters), str(value)]:
+            return value.strip(characters)
         case "toYaml", [value]:
             return yaml.safe_dump(value, default_flow_style=False).removesuffix("\n").removesuffix("\n...")
         case "nindent", [int(width), str(text)]:

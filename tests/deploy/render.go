@@ -26,6 +26,13 @@ func main() {
 		}
 		return strings.TrimSuffix(string(text), "\n")
 	}
+	helpers := template.New("helpers").Option("missingkey=error").Funcs(functions)
+	functions["include"] = func(name string, value interface{}) (string, error) {
+		var text strings.Builder
+		err := helpers.ExecuteTemplate(&text, name, value)
+		return text.String(), err
+	}
+	template.Must(helpers.Funcs(functions).ParseGlob(os.Args[1] + "/templates/*.tpl"))
 	files, _ := filepath.Glob(os.Args[1] + "/templates/*.yaml")
 	for _, file := range files {
 		text, err := os.ReadFile(file)

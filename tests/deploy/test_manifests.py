@@ -16,6 +16,9 @@ import pytest
 
 from ebpfproxy import yaml_text
 from ebpfproxy.config import load
+from ebpfproxy.operator.install import configuration
+from ebpfproxy.operator.install import render as install_render
+from ebpfproxy.operator.install.render import Settings
 from tests.deploy import objects
 from tests.deploy.chart import TemplateError, chart_values, render, render_chart
 from tests.deploy.objects import DEPLOY, Object, Objects, base, container, pod_spec
@@ -55,11 +58,51 @@ def test_kustomize_renders_the_objects_that_the_tests_read() -> None:
     assert objects.by_name(yaml_text.load_all(done.stdout)) == base()
 
 
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl (kustomize)")
+def test_documented_overlay_moves_ports_and_probes_as_install_does(tmp_path: Path) -> None:
+    """The patch in docs/install.md for other bind addresses makes what ``ebpfproxy install`` makes."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (DEPLOY.parent / "docs/install.md").read_text(), re.DOTALL)
+    (patches,) = (each for each in blocks if "httpGet/host" in each)
+    # kustomize takes folders by relative paths only.
+    resources = {"resources": [os.path.relpath(objects.BASE, tmp_path)]}
+    (tmp_path / "kustomization.yaml").write_text(json.dumps({**resources, **yaml_text.load(patches)}))
+    done = subprocess.run(["kubectl", "kustomize", str(tmp_path)], capture_output=True, text=True, check=True)
+    found = container(objects.by_name(yaml_text.load_all(done.stdout)), "ebpfproxy")
+    text = (
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+        "healthzBindAddress: 10.0.0.5:10300\nmetricsBindAddress: 0.0.0.0:10301\n"
+    )
+    rendered = configuration.of_base(text)
+    settings = Settings(image="ebpfproxy:0.1.0", namespace="kube-system", configuration=rendered)
+    assert found == container(objects.by_name(install_render.render(settings)), "ebpfproxy")
+
+
+#: A bind address, and the host and the port at which the kubelet asks: no host is the node's address.
+BIND_ADDRESSES = [
+    ("10.0.0.5:10300", "10.0.0.5", 10300),
+    ("[fd00::5]:10300", "fd00::5", 10300),
+    ("[2001:db8::5]:10300", "2001:db8::5", 10300),
+    ("0.0.0.0:10300", None, 10300),
+    ("[::]:10300", None, 10300),
+    ("10.0.0.10", "10.0.0.10", 10256),
+    ("2001:db8::10", "2001:db8::10", 10256),
+    ("::", None, 10256),
+]
+
+
+def _bound_at(address: str) -> Object:
+    return {"config": {"kubeProxy": {"healthzBindAddress": address, "metricsBindAddress": address}}}
+
+
 @pytest.mark.skipif(shutil.which("helm") is None, reason="no helm")
-def test_helm_renders_the_same_as_the_tests_template_reader() -> None:
+@pytest.mark.parametrize("values", [{}, *(_bound_at(address) for address, _, _ in BIND_ADDRESSES)], ids=str)
+def test_helm_renders_the_same_as_the_tests_template_reader(values: Object, tmp_path: Path) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text(json.dumps(values))
     command = ["helm", "template", "ebpfproxy", str(DEPLOY / "chart"), "--namespace", "kube-system"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert comparable(objects.by_name(filter(None, yaml_text.load_all(done.stdout)))) == comparable(base())
+    done = subprocess.run([*command, "--values", str(file)], capture_output=True, text=True, check=True)
+    made = objects.by_name(filter(None, yaml_text.load_all(done.stdout)))
+    assert comparable(made) == comparable(render_chart(values))
 
 
 SPRIG = Path("/usr/share/gocode/src/github.com/Masterminds/sprig")
@@ -80,13 +123,15 @@ def test_go_templates_render_the_same_as_the_tests_template_reader(tmp_path: Pat
     }
     source = Path(__file__).with_name("render.go")
     subprocess.run(["go", "build", "-o", str(program), str(source)], env=environment, check=True)
-    for values, namespace in (
+    renderings: list[tuple[Object, str]] = [
         ({}, "kube-system"),
         ({"kubeconfig": "/etc/kubernetes/proxy.conf"}, "kube-system"),
         ({"master": {"host": "cp.example"}}, "kube-system"),
         ({"monitoring": {"enabled": True}}, "proxies"),
         ({"localhostProfiles": PROFILES}, "kube-system"),
-    ):
+        *((_bound_at(address), "kube-system") for address, _, _ in BIND_ADDRESSES),
+    ]
+    for values, namespace in renderings:
         done = subprocess.run(
             [str(program), str(DEPLOY / "chart")],
             input=json.dumps(chart_values(values, namespace)),
@@ -300,6 +345,22 @@ def test_further_variables_and_volumes_are_the_agents() -> None:
     assert found["volumes"][-1] == volume
 
 
+@pytest.mark.parametrize(("address", "host", "port"), BIND_ADDRESSES)
+def test_probes_and_ports_follow_the_addresses_of_the_configuration(
+    address: str, host: str | None, port: int
+) -> None:
+    agent = container(render_chart(_bound_at(address)), "ebpfproxy")
+    assert [(each["name"], each["containerPort"]) for each in agent["ports"]] == [
+        ("healthz", port),
+        ("metrics", port if port != 10256 else 10249),
+    ]
+    overlapping = container(render_chart({**_bound_at(address), "overlap": True}), "ebpfproxy")
+    for each in ("startupProbe", "livenessProbe", "readinessProbe"):
+        place = {"path": "/livez", **({"host": host} if host else {})}
+        assert agent[each]["httpGet"] == {**place, "port": "healthz"}
+        assert overlapping[each]["httpGet"] == {**place, "port": port}
+
+
 def test_monitoring_adds_the_pod_monitor_of_deploy_monitoring() -> None:
     found = render_chart({"monitoring": {"enabled": True}})
     wanted = yaml_text.load((DEPLOY / "monitoring/podmonitor.yaml").read_text())
@@ -351,10 +412,17 @@ def test_profiles_of_nodes_are_those_of_the_containers_that_have_the_agents_capa
         ("{{ with .m }}{{ .k }}{{ $.x }}{{ end }}", "v1"),
         ("m:\n  {{- toYaml .m | nindent 2 }}\n", "m:\n  k: v\n"),
         ("{{ not .none }}", "true"),
+        ('{{ index .m "k" }}{{ index .m "l" | default "none" }}', "vnone"),
+        ('{{ .a | trimPrefix "[" | regexFind "^[^]]+" }}', "fd00::1"),
+        ('{{ .a | regexFind "x+" | default "none" }}', "none"),
+        ('{{ with .a | trimAll "[]:01" }}{{ . }}{{ end }}', "fd"),
+        ('{{ include "ebpfproxy.healthzPort" . }}', "10256"),
     ],
 )
 def test_templates_are_rendered_as_by_helm(text: str, rendered: str) -> None:
-    assert render(text, {"x": 1, "none": "", "m": {"k": "v"}}) == rendered
+    values: Object = {"config": {"kubeProxy": {}}}
+    top = {"x": 1, "none": "", "m": {"k": "v"}, "a": "[fd00::1]:10", "Values": values}
+    assert render(text, top) == rendered
 
 
 @pytest.mark.parametrize(
@@ -363,6 +431,8 @@ def test_templates_are_rendered_as_by_helm(text: str, rendered: str) -> None:
         "{{ .y }}",
         "{{ range .m }}{{ end }}",
         '{{ include "x" . }}',
+        '{{ define "x" }}{{ end }}',
+        '{{ index .x "k" }}',
         "{{ .m }}",
         "{{ if .x }}",
         "{{ end }}",

@@ -44,7 +44,8 @@ class AffinityCluster:
         self.agent: Agent = self.node.agent(manifests=self.folder).start()
         self.wire = Wire(self.node)
 
-    def write(self, addresses: list[str]) -> None:
+    def write(self, addresses: list[str], *, not_ready: str = "") -> None:
+        endpoints = [manifests.endpoint(each, "node-b", ready=each != not_ready) for each in addresses]
         documents = []
         for name, (cluster_ip, balancer, seconds) in SERVICES.items():
             spec: dict[str, Any] = {}
@@ -70,7 +71,7 @@ class AffinityCluster:
             ]
             documents += [
                 service,
-                manifests.slice_of(name, [manifests.endpoint(a, "node-b") for a in addresses], ports=ports),
+                manifests.slice_of(name, endpoints, ports=ports),
             ]
         manifests.write(self.folder / "all.yaml", *documents)
 
@@ -310,6 +311,34 @@ def test_drain_ends_when_the_endpoint_is_removed(cluster: AffinityCluster) -> No
     time.sleep(1)
     cluster.set_backends(BACKENDS)
     until(lambda: BACKENDS[5] in cluster.socket("loose", 0, 100))
+
+
+def test_drain_of_an_endpoint_that_is_not_ready_is_applied_once_it_is(cluster: AffinityCluster) -> None:
+    """It gets no new connections anyway: its state says nothing about the request."""
+    address = BACKENDS[7]
+    cluster.write(BACKENDS, not_ready=address)
+
+    def states() -> set[str]:
+        rows = json.loads(cluster.node.cli("backend", "list", "-o", "json"))
+        return {row["state"] for row in rows if row["address"].startswith(f"{address}:")}
+
+    until(lambda: states() == {"quarantined"})
+    assert "is drained" in cluster.node.cli("backend", "drain", address)
+    cluster.write(BACKENDS)
+    until(lambda: states() == {"drained"})
+    cluster.write(BACKENDS, not_ready=address)
+    until(lambda: states() == {"quarantined"})
+    assert "no longer drained" in cluster.node.cli("backend", "drain", address, "--undo")
+    cluster.set_backends(BACKENDS)
+
+
+def test_undone_drain_of_a_backend_that_something_else_drains_is_done(cluster: AffinityCluster) -> None:
+    both = BACKENDS[8], f"{BACKENDS[8]}:8053"
+    for each in both:
+        cluster.node.cli("backend", "drain", each)
+    first, second = (cluster.node.cli("backend", "drain", each, "--undo") for each in both)
+    assert "no longer drained" in first and "still gets no new connections" in first
+    assert "no longer drained" in second and "still" not in second
 
 
 def test_drain_of_an_unknown_backend_fails(cluster: AffinityCluster) -> None:

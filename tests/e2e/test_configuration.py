@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,24 @@ def test_configuration_file_is_used_flags_override_it_and_the_agent_starts_anew_
     assert "ipvs.scheduler" in agent.text
 
 
+def test_agent_that_stands_by_uses_the_configuration_as_it_is_when_it_takes_over(
+    cluster: ConfiguredNode,
+) -> None:
+    """A change while it waits, which has no limit, is noticed before anything is programmed."""
+    first = cluster.node.agent("--standby", manifests=cluster.folder).start()
+    cluster.write(KUBE_PROXY)
+    second = cluster.node.agent("--standby", "--config", str(cluster.config), manifests=cluster.folder)
+    second.start(wait=False)
+    second.wait_log("waiting for the other agent to end")
+    cluster.write({**KUBE_PROXY, "healthzBindAddress": "127.0.0.1:10301"})
+    assert first.stop() == 0
+    second.wait_log("programs are attached")
+    until(lambda: second.http("/livez", 10301)[0] == 200, "the agent is not healthy")
+    assert second.text.count("the configuration has changed") == 1
+    assert second.text.count("reusing pinned maps") == 1, "something was programmed as the old one says"
+    assert second.stop() == 0
+
+
 def test_all_invalid_fields_of_a_configuration_file_are_reported_at_once(cluster: ConfiguredNode) -> None:
     cluster.write({**KUBE_PROXY, "conntrack": {"maxPerCore": "many"}, "nodePortAddreses": []})
     agent = cluster.node.agent("--config", str(cluster.config)).start(wait=False)
@@ -110,6 +129,34 @@ def test_bind_address_hard_fail_ends_the_agent_if_the_address_is_in_use(cluster:
     assert other.process.wait(120) == 1
     assert "healthz: 0.0.0.0:10256: [Errno 98]" in other.text
     blocker.kill()
+
+
+def _listens(host: str, port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex((host, port)) == 0
+
+
+def test_servers_move_to_other_addresses_at_their_ports_and_back(cluster: ConfiguredNode) -> None:
+    """A port at all addresses excludes the same port at one of them, also in the agent's own inherited socket."""
+    one, every = "127.0.0.1", "0.0.0.0"
+
+    def write(health: str, metrics: str) -> None:
+        addresses = {"healthzBindAddress": f"{health}:10300", "metricsBindAddress": f"{metrics}:10301"}
+        cluster.write({**KUBE_PROXY, **addresses, "bindAddressHardFail": True})
+
+    write(one, every)
+    agent = cluster.node.agent("--config", str(cluster.config), manifests=cluster.folder).start()
+    for times, (health, metrics) in enumerate(((every, one), (one, every)), 2):
+        write(health, metrics)
+        agent.wait_log("programs are attached", times=times)
+        until(lambda: agent.http("/livez", 10300)[0] == 200, "the agent is not healthy")
+        until(lambda: agent.http("/metrics", 10301)[0] == 200, "metrics are not served")
+        open_ports = [
+            port for port in (10300, 10301) if cluster.node.call(_listens, cluster.node.address, port)
+        ]
+        assert open_ports == [10300 if health == every else 10301]
+    assert "cannot bind" not in agent.text
+    assert agent.stop() == 0
 
 
 def test_init_only_pins_programs_that_the_agent_reuses(cluster: ConfiguredNode) -> None:

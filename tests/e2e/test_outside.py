@@ -183,6 +183,8 @@ def test_flows_survive_a_change_of_map_sizes(
         cluster.add_load_balancer("moved", "10.96.1.9", moved, [cluster.endpoint_on_a()])
         # The bypass is off now, but flows that were created with it keep it.
         options = [o for o in VARIANTS[request.node.callspec.params["variant"]] if o != "--bypass-netfilter"]
+        # In an emulator a start takes longer than the default.
+        options += ["--stale-tcp-seconds", "120"]
         bigger = cluster.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
         assert "copied flows from maps of other sizes" in bigger.text
         assert [each.ask() for each in (*held, inside)] == ["alive"] * 4
@@ -286,6 +288,28 @@ def test_source_ranges_apply_to_external_clients_pods_and_the_node(cluster: Outs
         "the listed pod is not served",
     )
     assert cluster.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
+
+
+def test_source_ranges_apply_to_a_load_balancer_address_that_is_an_external_ip(
+    cluster: OutsideClientCluster,
+) -> None:
+    """spec.externalIPs with the load balancer's address opens it to nobody; its other addresses have no ranges."""
+    cluster.outside.route("203.0.113.27", cluster.a)
+    cluster.add_load_balancer(
+        "published",
+        "10.96.1.7",
+        "203.0.113.26",
+        [cluster.endpoint_on_b()],
+        externalIPs=["203.0.113.26", "203.0.113.27"],
+        loadBalancerSourceRanges=[f"{cluster.client.address}/32"],
+    )
+    until(
+        lambda: cluster.client.call(clients.connect_error, "203.0.113.26", 80, 0.3) == "connected",
+        "the listed pod is not served",
+    )
+    assert cluster.outside.call(clients.connect_error, "203.0.113.27", 80, 5) == "connected"
+    for space in (cluster.outside, cluster.a):
+        assert space.call(clients.connect_error, "203.0.113.26", 80, 0.3) == "TimeoutError"
 
 
 def test_thousands_of_source_ranges_apply_and_are_removed(cluster: OutsideClientCluster) -> None:

@@ -198,7 +198,7 @@ def test_datagrams_get_replies_again_when_the_backends_node_has_lost_its_entries
 
 
 def test_connections_outlive_sweeps_agents_and_a_change_of_the_mode(cluster: DsrCluster) -> None:
-    """They were idle for an hour; both agents were killed, and nothing ran meanwhile but a sweep at each node.
+    """They were idle for ten minutes; both agents were killed, and nothing ran meanwhile but a sweep at each node.
 
     Then node-a masquerades new connections, as its agent has another mode.
     """
@@ -207,7 +207,7 @@ def test_connections_outlive_sweeps_agents_and_a_change_of_the_mode(cluster: Dsr
     for node in (cluster.a, cluster.b):
         cluster.agents[node.name].kill()
         with maps_of(node) as maps:
-            _age(maps, 3600)
+            _age(maps, 600)
             sweeper = Sweeper(maps, Timeouts(), next(maps.folder.glob("progs-*")))
             sweeper.sweep()
             sweeper.close()

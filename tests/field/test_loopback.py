@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from scapy.layers.inet import UDP as UDP_LAYER
 from scapy.layers.inet6 import IPv6
 
 from tests.e2e.two_node_cluster import TwoNodeCluster
+from tests.field.remote import Remote
 from tests.lab import Lab, manifests, servers
 from tests.lab.waiting import until
 
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.root
 
 #: NodePorts of TCP by the place of the only backend; the one of UDP is the next number.
 NODE_PORTS = {"w2": 30180, "w1": 30280, "host": 30380}
-EMPTY, CLOSED_HERE, CLOSED_IN_POD, AFFINE, TUNNELLED = 30480, 30580, 30680, 30780, 30880
+EMPTY, CLOSED_HERE, CLOSED_IN_POD, AFFINE, TUNNELLED, SPREAD = 30480, 30580, 30680, 30780, 30880, 30980
 #: Sockets are bound to an address of the loopback, to its device, or to both.
 BY_ADDRESS, BY_DEVICE, BY_BOTH = (True, False), (False, True), (True, True)
 TCP, UDP, UDP_SENDTO = "tcp", "udp", "udp sendto"
@@ -147,6 +148,7 @@ def _documents(cluster: TwoNodeCluster) -> list[manifests.Document]:
     add("closed-here", 0, [everywhere[2]], 9)
     add("closed-in-pod", CLOSED_IN_POD, [everywhere[0]], 9)
     add("affine", AFFINE, everywhere, sessionAffinity="ClientIP")
+    add("spread", SPREAD, everywhere)
     add("tunnelled", TUNNELLED, [(BehindTun(), "node-b")])
     return made
 
@@ -352,6 +354,47 @@ def test_connection_from_loopback_is_closed_when_its_backend_is_removed(cluster:
         lambda: cluster.a.call(_ask, Request(TCP, "127.0.0.1", NODE_PORTS["w1"], BY_ADDRESS)) == "w1",
         "the added backend gets no connection",
     )
+
+
+def _backends_of(cluster: TwoNodeCluster, port: int) -> set[str]:
+    rows = json.loads(cluster.a.cli("service", "list", "-o", "json"))
+    found = [row["backends"] for row in rows if row["frontend"].split("/")[0].endswith(f":{port}")]
+    return {each["address"].rpartition(":")[0].strip("[]") for backends in found for each in backends}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_datagrams_from_loopback_keep_their_backend_when_another_one_is_removed(
+    cluster: TwoNodeCluster, host: str
+) -> None:
+    """As from every other address: only those whose backend has left go to another one."""
+    path, removed, port = (
+        cluster.manifests / "loopback.yaml",
+        (cluster.a.address, cluster.a.address6),
+        SPREAD + 1,
+    )
+    before = manifests.read(path)
+    after = [
+        {**each, "endpoints": [end for end in each["endpoints"] if end["addresses"][0] not in removed]}
+        if each["kind"] == "EndpointSlice" and each["metadata"]["name"].startswith("spread-")
+        else each
+        for each in before
+    ]
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(Remote(cluster.a, host)) for _ in range(16)]
+        for each in sockets:
+            each.bind(host, 0)
+        asked = [each.ask_at(host, port) for each in sockets]
+        assert set(asked) <= {"w1", "w2", "host"}
+        manifests.write(path, *after)
+        try:
+            until(lambda: len(_backends_of(cluster, port)) == 4, "the endpoint is not removed")
+            asked_again = [each.ask_at(host, port) for each in sockets]
+        finally:
+            manifests.write(path, *before)
+        stay = [(old, new) for old, new in zip(asked, asked_again, strict=True) if old != "host"]
+        assert stay and all(old == new for old, new in stay), stay
+        assert set(asked_again) <= {"w1", "w2"}
+    until(lambda: len(_backends_of(cluster, port)) == 6)
 
 
 # -- clients without a socket hook

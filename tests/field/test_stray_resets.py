@@ -65,7 +65,7 @@ def flow_of(cluster: OutsideClientCluster, port: int) -> dict[str, Any] | None:
 def sweep(cluster: OutsideClientCluster) -> None:
     """Sweeps as the agent does, but deletes closed flows without a timeout."""
     maps = open_pinned(next((cluster.a.bpf_root / "ebpfproxy").glob("v*")))
-    sweeper = Sweeper(maps, Timeouts(tcp_closed=0.0), next(maps.folder.glob("progs-*")))
+    sweeper = Sweeper(maps, Timeouts(tcp_reset=0.0), next(maps.folder.glob("progs-*")))
     sweeper.sweep()
     sweeper.close()
     maps.close()

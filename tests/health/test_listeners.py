@@ -34,6 +34,44 @@ def test_socket_of_an_earlier_agent_is_used_for_its_address_alone() -> None:
     assert listeners.sockets() == []
 
 
+@pytest.mark.parametrize(
+    ("before", "now"), [("", "127.0.0.1"), ("127.0.0.1", ""), ("0.0.0.0", "::"), ("::", "::1"), ("::1", "::")]
+)
+def test_socket_of_an_earlier_agent_gives_way_to_another_address_with_its_port(before: str, now: str) -> None:
+    """So it does if another process has it, as systemd and an agent that is replaced do."""
+    elsewhere = Listeners().listen(before, 0)
+    port = _port(elsewhere)
+    listeners = Listeners([elsewhere.dup()])
+    with pytest.raises(OSError, match="in use"):
+        listeners.listen(now, port)
+    found = listeners.listen_instead(now, port)
+    assert not listeners.has_inherited
+    assert listeners.sockets() == [found]
+    with socket.create_connection((now or "127.0.0.1", port), 5):
+        connection, _ = found.accept()
+        connection.close()
+    found.close()
+    elsewhere.close()
+
+
+def test_socket_that_excludes_no_other_address_stays() -> None:
+    """Health checks and metrics may have one port at two addresses, of which one changes."""
+    kept = Listeners().listen("127.0.0.1", 0)
+    listeners = Listeners([kept])
+    listeners.listen_instead("127.0.0.2", _port(kept)).close()
+    assert listeners.listen_instead("127.0.0.1", _port(kept)) is kept
+    # An address of another process is as taken as before.
+    with pytest.raises(OSError, match="in use"):
+        Listeners().listen_instead("127.0.0.1", _port(kept))
+    kept.close()
+
+
+def test_address_is_known_by_each_of_its_notations() -> None:
+    earlier = Listeners().listen("::1", 0)
+    assert Listeners([earlier]).listen("0:0::1", _port(earlier)) is earlier
+    earlier.close()
+
+
 def test_connection_waits_in_a_socket_that_nobody_accepts_at() -> None:
     first = Listeners()
     sock = first.listen("127.0.0.1", 0)

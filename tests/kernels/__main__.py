@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests import tested
 from tests.kernels import machine, report
-from tests.kernels.kernels import AGAIN, GROUPS, KERNELS, Kernel
+from tests.kernels.kernels import AGAIN, GROUPS, KERNELS, SETTINGS, Kernel
 from tests.kernels.results import Run, folded
 from tests.kernels.root import TOP, Root, install_tools
 
@@ -24,12 +24,13 @@ from tests.kernels.root import TOP, Root, install_tools
 CONSOLES = TOP / ".kernels"
 #: The name under which results are kept.
 KEPT = "kernels"
+_ALL = KERNELS | SETTINGS
 _TOOLS = (("mmdebstrap", "mmdebstrap"), ("qemu-system-x86_64", "qemu-system-x86"), ("mkfs.ext4", "e2fsprogs"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels", description=__doc__)
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"default: all of {', '.join(KERNELS)}")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"default: all of {', '.join(_ALL)}")
     parser.add_argument("--work", type=Path, help="a folder for the root file system, which is used again")
     parser.add_argument("--groups", help="of tests, separated by commas; what is known of others is kept")
     parser.add_argument(
@@ -42,9 +43,9 @@ def main() -> int:
         "--page", action="store_true", help="only write the page, of the results that are kept"
     )
     options = parser.parse_args()
-    names = options.kernels or list(KERNELS)
-    if unknown := [name for name in names if name not in KERNELS]:
-        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(KERNELS)}")
+    names = options.kernels or list(_ALL)
+    if unknown := [name for name in names if name not in _ALL]:
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(_ALL)}")
     groups = tuple(options.groups.split(",")) if options.groups else ()
     if strange := [name for name in groups if name not in GROUPS]:
         parser.error(f"unknown: {', '.join(strange)}; known: {', '.join(GROUPS)}")
@@ -56,7 +57,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kernels-") as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        chosen = {name: KERNELS[name] for name in names}
+        chosen = {name: _ALL[name] for name in names}
         if groups:
             chosen = {name: kernel._replace(groups=groups) for name, kernel in chosen.items()}
         good = (_run_again if options.again else _run)(chosen, work, options.minutes)
@@ -83,7 +84,7 @@ def _run(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
             if each.outcome == "failed":
                 print(f"  {each.test}: {each.reason}")
         known = tested.kept(KEPT, Run)
-        if name in known and kernel.groups != KERNELS[name].groups:
+        if name in known and kernel.groups != _ALL[name].groups:
             run = report.merged(known[name], run, kernel.groups)
         _keep(name, run)
         all_good = all_good and good
@@ -119,13 +120,13 @@ def _keep(name: str, run: Run) -> None:
 def write_page() -> None:
     """Writes the section, of what is kept."""
     known = tested.kept(KEPT, Run)
-    runs = {name: known[name] for name in KERNELS if name in known}
+    runs = {name: known[name] for name in _ALL if name in known}
     if not runs:
         return
     seconds = sum(run.seconds for run in runs.values())
     day = max(date.fromisoformat(run.day) for run in runs.values())
     page = Path(os.environ[tested.PAGE])
-    tested.write(page, report.TITLE, report.COMMAND, day, seconds, report.lines(KERNELS, runs))
+    tested.write(page, report.TITLE, report.COMMAND, day, seconds, report.lines(KERNELS, SETTINGS, runs))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
@@ -28,8 +29,13 @@ CHANNEL = Path("/dev/ttyS1")
 class Recorder:
     """A plugin of pytest that writes how many tests there are, and each one's outcome."""
 
-    def __init__(self, channel: IO[str]) -> None:
+    def __init__(self, channel: IO[str], only: Collection[str] = ()) -> None:
+        """``only``: names of single tests; some may no longer exist."""
         self._channel = channel
+        self._only = only
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [each for each in items if not self._only or each.nodeid in self._only]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._channel.write(line("planned", Counter(group_of(item.nodeid) for item in session.items)))
@@ -85,14 +91,16 @@ def main(groups: list[str]) -> None:
         except probe.UnsupportedKernelError:
             channel.write(line("refusal", _refusal()))
         else:
+            only: list[str] = []
             if groups == [AGAIN]:
-                paths = test_list(platform.release()).read_text().splitlines()
+                only = test_list(platform.release()).read_text().splitlines()
+                paths = sorted({each.partition("::")[0] for each in only})
             else:
                 paths = [path for name in groups for path in GROUPS[name.replace("_", " ")]]
             options = ["-v", "--color=no", "-p", "no:cacheprovider", "--timeout", "900", "--durations", "40"]
             # All of them are so marked, and those that make test leaves out are not left out here.
             options += ["-m", "root"]
-            pytest.main([*options, "-k", f"not ({LEFT_OUT})", *paths], plugins=[Recorder(channel)])
+            pytest.main([*options, "-k", f"not ({LEFT_OUT})", *paths], plugins=[Recorder(channel, only)])
         channel.write(line("complete", True))
     os.sync()
 

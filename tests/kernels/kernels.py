@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 #: This group has a table of its own.
 DEVICES = "kinds of devices"
+ESSENTIALS = "all ways of traffic"
 _DATAPATH = (
     "loading",
     "measures",
@@ -23,6 +24,7 @@ GROUPS = {
     "sockets": ("tests/e2e/test_sockets.py", "tests/field/test_mptcp.py"),
     "measures": ("tests/e2e/test_measures.py",),
     "start": ("tests/field/test_start.py",),
+    ESSENTIALS: ("tests/field/test_every_kernel.py",),
     "XDP": ("tests/field/test_xdp_forwarding.py",),
     "XDP on virtio-net": ("tests/field/test_xdp_virtio.py",),
     "libxdp": ("tests/field/test_xdp_chain.py",),
@@ -69,7 +71,7 @@ class Kernel(NamedTuple):
 
     @property
     def package(self) -> str:
-        return f"linux-image-{self.flavour}-amd64"
+        return f"linux-image-{self.flavour}-amd64".replace("--", "-")
 
 
 KERNELS = {
@@ -82,5 +84,29 @@ KERNELS = {
         Kernel("6.12-rt", "trixie", "rt"),
         Kernel("7-cloud", "sid", "cloud"),
         Kernel("7-rt", "sid", "rt", refused="PREEMPT_RT without CONFIG_PREEMPT_RT_NEEDS_BH_LOCK"),
+    )
+}
+
+_FEW = (ESSENTIALS, "start")
+_NETFILTER = "nf_tables,x_tables,ip_tables,ip6_tables,nf_conntrack,nf_nat,nf_defrag_ipv4,nf_defrag_ipv6"
+#: Kernels that are built or booted otherwise, and only run the tests of all ways of traffic.
+SETTINGS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("6.1", "bookworm", "", _FEW),
+        Kernel("6.12", "trixie", "", _FEW),
+        Kernel("7", "sid", "", _FEW),
+        Kernel("no IPv6", "trixie", "cloud", _FEW, "ipv6.disable=1"),
+        Kernel("no netfilter", "trixie", "cloud", _FEW, f"module_blacklist={_NETFILTER}"),
+        Kernel("no JIT", "trixie", "cloud", _FEW, "sysctl.net.core.bpf_jit_enable=0"),
+        Kernel("JIT hardened", "trixie", "cloud", _FEW, "sysctl.net.core.bpf_jit_harden=2"),
+        Kernel(
+            "lockdown",
+            "trixie",
+            "cloud",
+            _FEW,
+            "lockdown=confidentiality sysctl.kernel.unprivileged_bpf_disabled=0",
+        ),
+        Kernel("128 CPUs", "trixie", "cloud", _FEW, machine=("-smp", "2,maxcpus=128")),
     )
 }

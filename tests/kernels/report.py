@@ -22,9 +22,27 @@ _ABOUT = (
 )
 
 
-def lines(kernels: Mapping[str, Kernel], runs: Mapping[str, Run]) -> list[str]:
-    """Returns the section's Markdown, below its heading, for the kernels that were run."""
-    ran = {name: run for name, run in runs.items() if run.machine}
+def lines(
+    kernels: Mapping[str, Kernel], settings: Mapping[str, Kernel], runs: Mapping[str, Run]
+) -> list[str]:
+    """Returns the section's Markdown, below its heading.
+
+    ``kernels`` run all groups of tests; ``settings`` are built or booted otherwise, have tables of their own.
+    """
+    ran = {name: runs[name] for name in kernels if name in runs and runs[name].machine}
+    others = {name: runs[name] for name in settings if name in runs and runs[name].machine}
+    left = [name for name in (*kernels, *settings) if name not in runs]
+    return [
+        _ABOUT,
+        *(["", f"Not run: {', '.join(left)}."] if left else []),
+        "",
+        *_tables(kernels, ran),
+        *(["### Other builds and settings", "", *_tables(settings, others)] if others else []),
+    ]
+
+
+def _tables(kernels: Mapping[str, Kernel], ran: Mapping[str, Run]) -> list[str]:
+    """Returns tables with a column for each kernel."""
     head = ["", *ran]
     properties = []
     if any(kernels[name].arguments for name in ran):
@@ -33,25 +51,18 @@ def lines(kernels: Mapping[str, Kernel], runs: Mapping[str, Run]) -> list[str]:
         if each != "version":
             properties.append([each, *(_escaped(run.machine.get(each, "")) for run in ran.values())])
     properties.append(["last run", *(run.day for run in ran.values())])
-    properties.append(["of commit", *(run.commit for run in ran.values())])
-    features = [["the probe", *("refuses" if run.refusal else "accepts" for run in ran.values())]]
+    properties.append(["last run of commit", *(run.commit for run in ran.values())])
+    features = [["the agent's probe", *("refuses" if run.refusal else "accepts" for run in ran.values())]]
     for each in _names(run.features for run in ran.values()):
         features.append([_code(each), *(_yes_no(run.features.get(each)) for run in ran.values())])
-    left = [name for name in kernels if name not in ran]
     refusals = [[name, _escaped(run.refusal)] for name, run in ran.items() if run.refusal]
     return [
-        _ABOUT,
-        *(["", f"Not run: {', '.join(left)}."] if left else []),
-        "",
         *table(head, properties),
-        "### What the agent says",
-        "",
         *table(head, features),
         *(table(["", "refused with"], refusals) if refusals else []),
-        "### Tests",
-        "",
         *table(
-            head, [[group, *(_cell(run, group) for run in ran.values())] for group in _groups(ran.values())]
+            ["tests", *ran],
+            [[group, *(_cell(run, group) for run in ran.values())] for group in _groups(ran.values())],
         ),
         *_networks(ran),
         *_reasons("failed", "tests that failed", ran),
@@ -90,11 +101,15 @@ def merged(before: Run, run: Run, groups: Iterable[str]) -> Run:
 
 
 def repeated(before: Run, run: Run, seconds: float) -> Run:
-    """Returns a run with the outcomes of the tests that were run again."""
+    """Returns a run with the outcomes of the tests that failed and were run again; some no longer exist."""
     again = {each.test: each for each in run.results}
     after = msgspec.structs.replace(
         before,
-        results=[again.get(each.test, each) for each in before.results],
+        results=[
+            again.get(each.test, each)
+            for each in before.results
+            if each.test in again or each.outcome != "failed" or not run.complete
+        ],
         repeated=sorted({*before.repeated, *again}),
         seconds=before.seconds + seconds,
     )

@@ -8,7 +8,7 @@ import pytest
 from ebpfproxy.datapath.kernel import probe
 from ebpfproxy.datapath.kernel.socket_fields import SocketFields
 from tests.kernels import guest, report
-from tests.kernels.kernels import GROUPS, KERNELS, Kernel
+from tests.kernels.kernels import GROUPS, KERNELS, SETTINGS, Kernel
 from tests.kernels.results import Result, Run, line, read
 from tests.kernels.root import TOP
 
@@ -74,13 +74,13 @@ def test_section_has_a_column_for_each_kernel_and_names_failures_and_reasons() -
     )
     tried.day = "2026-11-28"
     absent = Kernel("absent", "sid", "cloud")
-    lines = report.lines({"old": OLD, "new": NEW, "absent": absent}, {"old": refused, "new": tried})
+    lines = report.lines({"old": OLD, "new": NEW, "absent": absent}, {}, {"old": refused, "new": tried})
     assert "Not run: absent." in lines
     assert "|  | old | new |" in lines
     assert "| release | 5.10 | 7.2 |" in lines
     assert "| arguments of the kernel |  | `a=1` |" in lines
     assert "| last run |  | 2026-11-28 |" in lines
-    assert "| the probe | refuses | accepts |" in lines
+    assert "| the agent's probe | refuses | accepts |" in lines
     assert "| `tcx` |  | yes |" in lines
     assert r"| old | lacks a\|b |" in lines
     assert "| packets |  | 1 of 2 |" in lines
@@ -97,14 +97,22 @@ def test_kinds_of_devices_have_a_row_for_each_network() -> None:
         Result(test.format("VLAN, a", "IPv6"), "failed", "no"),
         Result(test.format("netkit", "IPv4"), "skipped", "this kernel has no netkit"),
     )
-    lines = report.lines({"old": OLD, "new": NEW}, {"old": first, "new": run()})
+    lines = report.lines({"old": OLD, "new": NEW}, {}, {"old": first, "new": run()})
     assert "| VLAN, a | 1 of 2 |  |" in lines
     assert "| netkit |  |  |" in lines
 
 
+def test_other_settings_have_tables_of_their_own() -> None:
+    passed = run(Result("tests/field/test_every_kernel.py::test_a", "passed"))
+    lines = report.lines({"old": OLD}, {"new": NEW}, {"old": run(), "new": passed})
+    kernels, settings = "\n".join(lines).split("### Other builds and settings")
+    assert "a=1" not in kernels
+    assert "| all ways of traffic | 1 of 1 |" in settings
+
+
 def test_groups_name_tests_that_exist_and_kernels_name_groups() -> None:
     assert all((TOP / path).exists() for paths in GROUPS.values() for path in paths)
-    assert all(set(kernel.groups) <= set(GROUPS) for kernel in KERNELS.values())
+    assert all(set(kernel.groups) <= set(GROUPS) for kernel in (KERNELS | SETTINGS).values())
 
 
 def test_groups_that_did_not_end_are_marked_and_those_of_other_runs_kept() -> None:
@@ -114,14 +122,14 @@ def test_groups_that_did_not_end_are_marked_and_those_of_other_runs_kept() -> No
     first.planned = {"start": 1, "packets": 1, "sockets": 2}
     first.stopped = report.stopped(kernel, first)
     assert first.stopped == ["sockets", "start"]
-    assert "| sockets | 1 of 1, stopped |" in report.lines({"new": kernel}, {"new": first})
-    assert "| start | not run |" in report.lines({"new": kernel}, {"new": first})
+    assert "| sockets | 1 of 1, stopped |" in report.lines({"new": kernel}, {}, {"new": first})
+    assert "| start | not run |" in report.lines({"new": kernel}, {}, {"new": first})
     assert report.stopped(kernel, run(complete=False)) == list(kernel.groups)
     both = report.merged(
         first, run(sockets, Result("tests/e2e/test_sockets.py::test_d", "failed")), ["sockets"]
     )
     assert both.stopped == ["start"]
-    lines = report.lines({"new": kernel}, {"new": both})
+    lines = report.lines({"new": kernel}, {}, {"new": both})
     assert "| packets | 1 of 1 |" in lines
     assert "| sockets | 1 of 2 |" in lines
 
@@ -134,8 +142,10 @@ def test_tests_that_are_run_again_replace_their_first_outcomes() -> None:
     assert [each.test for each in both.results] == [bad.test]
     assert not report.good(kernel, both)
     assert report.good(kernel, report.repeated(both, run(Result(bad.test, "passed")), 60))
-    lines = report.lines({"new": kernel}, {"new": both})
+    lines = report.lines({"new": kernel}, {}, {"new": both})
     assert "| packets | 2 of 3 |" in lines
     assert f"| {good.test} | passed |" in lines
     assert f"| {bad.test} | 1 |" in lines
     assert f"| {bad.test} | passed |" not in lines
+    assert report.good(kernel, report.repeated(both, run(), 60)), "the test no longer exists"
+    assert not report.good(kernel, report.repeated(both, run(complete=False), 60))

@@ -115,6 +115,40 @@ def test_https_proxy_is_verified_with_the_ca_of_the_cluster(tmp_path: Path) -> N
 
 @pytest.mark.skipif(find_spec("socks") is not None, reason="PySocks is installed")
 @pytest.mark.filterwarnings("ignore::urllib3.exceptions.DependencyWarning")
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "socks5://user:PLANTED@127.0.0.1:1080",
+        "http://PLANTED@proxy.example:99999",
+        "http://user:PLAN/PLANTED@proxy.example:3128",
+        "http://user:PLAN@PLANTED@proxy.example:99999",
+    ],
+)
+def test_error_about_a_proxy_has_no_credentials(proxy: str) -> None:
+    with pytest.raises(ConfigError, match=r"^proxy (http|socks5)://\*\*\*@") as error:
+        access.pool(Access("https://10.0.0.1:6443", proxy=proxy))
+    assert "PLAN" not in str(error.value)
+    assert proxy.rpartition("@")[2] in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["user:PLANTED@proxy.example:3128", "ftp://user:PLAN/PLANTED@proxy.example"])
+def test_error_about_a_url_has_no_credentials(url: str) -> None:
+    with pytest.raises(ConfigError, match="does not begin with http:// or https://") as error:
+        access.check_url(url, "proxy-url")
+    assert "PLAN" not in str(error.value)
+    assert "@proxy.example" in str(error.value)
+
+
+def test_server_has_no_credentials_where_it_is_shown() -> None:
+    connection = ApiConnection.from_options(None, "http://user:PLANTED@127.0.0.1:1")
+    assert connection.host == "http://***@127.0.0.1:1"
+    assert connection.access.server == "http://user:PLANTED@127.0.0.1:1"
+    invalid = ApiConnection.from_options(None, "http://user:PLAN/PLANTED@127.0.0.1:1")
+    with pytest.raises(Failure) as error:
+        invalid.call("GET", "/version", read_seconds=1)
+    assert "PLAN" not in str(error.value)
+
+
 def test_socks_proxy_without_pysocks_is_a_one_line_error() -> None:
     with pytest.raises(ConfigError, match=r"^proxy socks5://127\.0\.0\.1:1080: "):
         access.pool(Access("https://10.0.0.1:6443", proxy="socks5://127.0.0.1:1080"))

@@ -59,7 +59,10 @@ def error_of(path: Path, content: object) -> str:
         ({**config({}), "users": []}, "users has no 'u'"),
         ({**config({}), "clusters": None}, "clusters has no 'c'"),
         ({**config({}), "users": "u"}, "users: "),
-        ({**config({}), "contexts": [{"name": "x", "context": None}]}, "contexts[0].context: "),
+        (
+            {**config({}), "contexts": [{"name": "x", "context": None}]},
+            "contexts[0]: Object missing required field `context`",
+        ),
         (config({}, server=5), "clusters[0].cluster.server: "),
         (config({}, server="10.0.0.1:6443"), "clusters[c].cluster.server: "),
         (config({}, **{"proxy-url": "bogus"}), "clusters[c].cluster.proxy-url: "),
@@ -115,6 +118,16 @@ def test_base64_may_be_folded(tmp_path: Path) -> None:
     path = tmp_path / "config"
     path.write_text(yaml.safe_dump(content))
     assert ApiConnection.from_options(path, None).host == "https://127.0.0.1:1"
+
+
+def test_null_is_an_absent_field(tmp_path: Path) -> None:
+    """So kubectl reads files that name every field."""
+    path = tmp_path / "config"
+    content = config({"token": None, "exec": None}, **{"tls-server-name": None, "proxy-url": None})
+    content["contexts"].append({"name": "y", "context": {"cluster": "c", "user": None}})
+    content["clusters"].append({"name": "d", "cluster": {"server": None}})
+    path.write_text(yaml.safe_dump(content))
+    assert ApiConnection.from_options(path, None, context="y").host == "https://127.0.0.1:1"
 
 
 def test_empty_user_is_null(tmp_path: Path) -> None:

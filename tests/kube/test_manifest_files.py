@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,6 +98,64 @@ items:
         ObjectKey("default", "a-1"),
         ObjectKey("shop", "b"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("least", "field"),
+    [
+        (least, field)
+        for least, fields in (
+            (
+                "{apiVersion: v1, kind: Service, metadata: {name: a@}, spec: {ports: [{port: 80$}]#}}",
+                (
+                    *("@namespace", "@resourceVersion", "@creationTimestamp", "@labels", "@annotations"),
+                    *(
+                        "$name",
+                        "$protocol",
+                        "$nodePort",
+                        "#type",
+                        "#clusterIP",
+                        "#clusterIPs",
+                        "#externalIPs",
+                    ),
+                    *("#sessionAffinity", "#sessionAffinityConfig", "#healthCheckNodePort"),
+                    *("#internalTrafficPolicy", "#externalTrafficPolicy", "#loadBalancerSourceRanges"),
+                ),
+            ),
+            (
+                "{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: a@}, addressType: IPv4,"
+                " endpoints: [{addresses: [10.0.0.1], targetRef: {kind: Pod%}$}], ports: [{port: 80#}]}",
+                ("@namespace", "$conditions", "$nodeName", "$zone", "$hints", "%name", "#name", "#protocol"),
+            ),
+            (
+                "{apiVersion: v1, kind: Node, metadata: {name: a@}, status: {addresses: [{type: InternalIP$}]}}",
+                ("@resourceVersion", "@deletionTimestamp", "$address"),
+            ),
+        )
+        for field in fields
+    ],
+)
+def test_null_is_an_absent_field(least: str, field: str) -> None:
+    """So the API takes manifests that name every field, as templates and converters write them."""
+
+    def filled(place: str, added: str) -> str:
+        return re.sub("[@#$%]", lambda found: added if found[0] == place else "", least)
+
+    (expected,) = parse(filled("", ""))
+    (found,) = parse(filled(field[0], f", {field[1:]}: null"))
+    assert found == expected
+
+
+@pytest.mark.parametrize("null", ["metadata: {name: null}, spec: {}", "metadata: {name: a}, spec: null"])
+def test_null_of_a_required_field_is_an_error(null: str) -> None:
+    with pytest.raises(ManifestError, match="Object missing required field"):
+        list(parse(f"{{apiVersion: v1, kind: Service, {null}}}"))
+
+
+def test_object_that_contains_itself_is_an_error() -> None:
+    text = "{apiVersion: v1, kind: Service, metadata: &m {name: null, annotations: *m}, spec: {}}"
+    with pytest.raises(ManifestError, match="contains itself"):
+        list(parse(text))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from ebpfproxy.datapath.programs.detach import remove_everything
 from tests.lab import clients, cni, ethtool
 from tests.lab.foreign_programs import check_cgroup_root
 from tests.lab.processes import Served
-from tests.lab.spaces import Space, enter_namespace, leave_namespace, namespace_restored
+from tests.lab.spaces import HAS_IPV6, Space, enter_namespace, leave_namespace, namespace_restored
 from tests.lab.waiting import READY_SECONDS
 
 _LAB_ID = re.compile(r"epl(\d+)x\d+")
@@ -181,17 +181,17 @@ class LabNode(Space):
             _address(outside, index, gateway, 32)
             _address(outside, index, gateway6, 128)
             outside.link("set", index=index, state="up")
-            outside.route("add", dst=f"{pod.address}/32", oif=index, scope="link")
-            outside.route("add", dst=f"{pod.address6}/128", oif=index, family=socket.AF_INET6)
+            _add_route(outside, index, f"{pod.address}/32", scope="link")
+            _add_route(outside, index, f"{pod.address6}/128")
         with routes_of(pod.netns) as inside:
             index = inside.link_lookup(ifname="eth0")[0]
             _address(inside, index, pod.address, 32)
             _address(inside, index, pod.address6, 128)
             inside.link("set", index=index, state="up")
-            inside.route("add", dst=f"{gateway}/32", oif=index, scope="link")
-            inside.route("add", dst=f"{gateway6}/128", oif=index, family=socket.AF_INET6)
-            inside.route("add", dst="default", gateway=gateway)
-            inside.route("add", dst="default", gateway=gateway6, family=socket.AF_INET6, oif=index)
+            _add_route(inside, index, f"{gateway}/32", scope="link")
+            _add_route(inside, index, f"{gateway6}/128")
+            _add_route(inside, index, "default", gateway)
+            _add_route(inside, index, "default", gateway6)
         return pod
 
     def agent(self, *arguments: str, manifests: Path | None = None) -> Agent:
@@ -217,9 +217,24 @@ def routes_of(name: str) -> Any:
 
 
 def _address(where: Any, index: int, address: str, prefix: int) -> None:
+    if not _is_known(address):
+        return
     # IFA_F_NODAD: the address is usable without duplicate address detection.
     options = {"flags": 0x02} if ":" in address else {}
     where.addr("add", index=index, address=address, prefixlen=prefix, **options)
+
+
+def _add_route(where: Any, index: int, to: str, gateway: str = "", **options: Any) -> None:
+    """``to``: an address, a CIDR or "default"."""
+    if not _is_known(gateway + to):
+        return
+    family = socket.AF_INET6 if ":" in gateway + to else socket.AF_INET
+    through = {"gateway": gateway} if gateway else {}
+    where.route(options.pop("command", "add"), dst=to, oif=index, family=family, **through, **options)
+
+
+def _is_known(address: str) -> bool:
+    return HAS_IPV6 or ":" not in address
 
 
 OUTSIDE, OUTSIDE6 = "172.18.0.254", "fd00:172:18::fe"
@@ -232,12 +247,10 @@ class Outside(Space):
 
     def route(self, destination: str, node: LabNode) -> None:
         """Routes ``destination``, an address or a CIDR, to a node."""
-        family, gateway = (
-            (socket.AF_INET6, node.address6) if ":" in destination else (socket.AF_INET, node.address)
-        )
+        gateway = node.address6 if ":" in destination else node.address
         with routes_of(self.netns) as routes:
             index = routes.link_lookup(ifname="eth0")[0]
-            routes.route("replace", dst=destination, gateway=gateway, oif=index, family=family)
+            _add_route(routes, index, destination, gateway, command="replace")
 
 
 class Lab:
@@ -345,8 +358,8 @@ class Lab:
         node = LabNode(self, name, number)
         with self._plug(node.netns, f"n{number}", node.address, node.address6) as made:
             index = made.link_lookup(ifname="eth0")[0]
-            made.route("add", dst="default", gateway=OUTSIDE, oif=index)
-            made.route("add", dst="default", gateway=OUTSIDE6, oif=index, family=socket.AF_INET6)
+            _add_route(made, index, "default", OUTSIDE)
+            _add_route(made, index, "default", OUTSIDE6)
         for other in self.nodes if self._routes_pods else ():
             _route(node, other)
             _route(other, node)
@@ -402,20 +415,15 @@ def _set_sysctls() -> None:
         ("ipv4/tcp_tw_reuse", "1"),
         ("ipv4/ip_local_port_range", "15000 64999"),
     ):
-        Path("/proc/sys/net", path).write_text(value)
+        if HAS_IPV6 or not path.startswith("ipv6"):
+            Path("/proc/sys/net", path).write_text(value)
 
 
 def _route(here: LabNode, there: LabNode) -> None:
     with routes_of(here.netns) as routes:
         index = routes.link_lookup(ifname="eth0")[0]
-        routes.route("add", dst=f"10.244.{there.number}.0/24", gateway=there.address, oif=index)
-        routes.route(
-            "add",
-            dst=f"fd00:10:244:{there.number}::/64",
-            gateway=there.address6,
-            oif=index,
-            family=socket.AF_INET6,
-        )
+        _add_route(routes, index, f"10.244.{there.number}.0/24", there.address)
+        _add_route(routes, index, f"fd00:10:244:{there.number}::/64", there.address6)
 
 
 def remove_leftovers(lab_id: str) -> None:

@@ -11,7 +11,7 @@ import socket
 from typing import Any
 
 from tests.lab.processes import read_line
-from tests.lab.spaces import Space
+from tests.lab.spaces import HAS_IPV6, Space
 
 
 def start(space: Space, name: str, *ports: int, address: str = "::") -> None:
@@ -30,10 +30,11 @@ def main(name: str, address: str, ports: tuple[int, ...]) -> None:
     selector = selectors.DefaultSelector()
     for port in ports:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-            listener = socket.socket(socket.AF_INET6, kind)
+            listener = socket.socket(socket.AF_INET6 if HAS_IPV6 else socket.AF_INET, kind)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            listener.bind((address, port))
+            if HAS_IPV6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.bind((address if HAS_IPV6 else address.removeprefix("::"), port))
             if kind == socket.SOCK_STREAM:
                 listener.listen(1024)
             selector.register(listener, selectors.EVENT_READ, kind)

@@ -29,6 +29,9 @@ R = TypeVar("R")
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
+#: A lab has no addresses of a family that the kernel does not know, and its servers listen on the other.
+HAS_IPV6 = Path("/proc/net/if_inet6").exists()
+
 #: Moves a process into a cgroup, whose file is the first argument, before it runs the command in the others.
 _JOIN = 'echo 0 >"$0" && exec "$@"'
 

@@ -219,6 +219,19 @@ def test_second_frontend_with_the_same_backend_and_port_is_masqueraded(
     assert option_in(first.send().packet) == first.option
 
 
+@pytest.mark.parametrize("flags", ["FA", "R"])
+def test_frontend_with_the_same_backend_is_masqueraded_after_a_connection_that_was_not_reset(
+    wire: Wire, family: FamilyAddresses, port: int, flags: str
+) -> None:
+    """The client's port stays with DSR, and the backend may be in TIME_WAIT."""
+    first = Request(wire, family, "TCP", port)
+    for each in ("S", "A", flags):
+        assert first.send(each, seq=1000 + (each != "S"), ack=7000).verdict == REDIRECT
+    packet = family.ip(family.client, family.web_external) / transport("TCP", port, first.frontend_port)
+    source, sent = _masqueraded_as(wire, packet)
+    assert (source, bool(sent)) == ((family.client, True) if flags == "R" else (family.node, False))
+
+
 def test_backend_on_this_node_sees_the_client(
     wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
@@ -277,7 +290,7 @@ def test_flows_end_after_their_time_although_no_reply_was_seen(
     wire: Wire, family: FamilyAddresses, new_port: Callable[[], int], tables: MapSet
 ) -> None:
     """As flows whose replies pass: those that a client has confirmed, has not, and has closed; and datagrams."""
-    idle = {"confirmed": 3600, "unconfirmed": 70, "closed": 40, "one datagram": 40, "datagrams": 100}
+    idle = {"confirmed": 600, "unconfirmed": 70, "closed": 80, "one datagram": 40, "datagrams": 100}
     flows = {what: Request(wire, family, "UDP" if "datagram" in what else "TCP", new_port()) for what in idle}
     for what, flow in flows.items():
         flow.send("S", seq=1000)

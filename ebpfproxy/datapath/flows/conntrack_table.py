@@ -32,8 +32,11 @@ class Timeouts(msgspec.Struct, frozen=True):
     tcp_close_wait: float = 3600.0
     #: There is no reply yet, or the client has not acknowledged it.
     tcp_unreplied: float = 60.0
-    #: Both sides have closed: late packets still find their way.
-    tcp_closed: float = 30.0
+    #: Both sides have closed. The backend may be in TIME_WAIT for 60 s, and for up to 5 s more, since the
+    #: kernel's timers are coarse; so long no other client is to get the masquerade port. Netfilter has 120 s.
+    tcp_time_wait: float = 70.0
+    #: One side has reset the other: late packets still find their way.
+    tcp_reset: float = 30.0
     udp: float = 30.0
     #: Both sides have spoken, and not only in the first moment.
     udp_stream: float = 120.0
@@ -49,8 +52,10 @@ class Timeouts(msgspec.Struct, frozen=True):
         because entries have the time of the last packet to the second.
         """
         if protocol == Protocol.TCP:
-            if seen & Seen.RST or seen & BOTH_FIN == BOTH_FIN:
-                return self.tcp_closed
+            if seen & Seen.RST:
+                return self.tcp_reset
+            if seen & BOTH_FIN == BOTH_FIN:
+                return self.tcp_time_wait
             if seen & BOTH_FIN:
                 return self.tcp_close_wait
             return self.tcp_established if seen & Seen.REPLY else self.tcp_unreplied

@@ -76,6 +76,8 @@ class MapMigration:
         self._flows: list[set[int]] = [set() for _ in self._old]
         #: Packed origins that have been copied, as they were written, by their identity.
         self._origins: list[dict[bytes, bytes]] = [{} for _ in self._old]
+        #: True as long as no program uses the new maps: this process has made them, and copies first.
+        self._is_unused = not maps.adopted
         #: Conntrack entries so far.
         self.copied = 0
         for old in self._old:
@@ -126,12 +128,18 @@ class MapMigration:
         if entries:
             # Programs look for an entry only where the filter says so.
             _merge_filters(old, new)
-            for each in starmap(Entry, entries.items()):
-                self.copied += _put_flow(new["conntrack"], each)
-        self._flows[number] = now
+            self.copied += self._put_flows(new["conntrack"], list(starmap(Entry, entries.items())))
+        self._flows[number], self._is_unused = now, False
         self._copy_affinity(old, services, backends, looked_at)
         for name in _AS_THEY_ARE:
             new[name].update_many(dict(_unseen(old, new, name, looked_at)))
+
+    def _put_flows(self, flows: Map, entries: list[Entry]) -> int:
+        """Returns how many were not there. A batch is faster, but replaces what programs have written."""
+        if self._is_unused:
+            written = {each.key: _unclaimed(each).value for each in entries}
+            return len(written) - len(flows.update_many(written))
+        return sum(_put_flow(flows, each) for each in entries)
 
     def _copy_origins(
         self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
@@ -255,8 +263,7 @@ def _put_flow(flows: Map, entry: Entry) -> bool:
 
     Programs for the new maps may write meanwhile: only what is there now counts.
     """
-    # Whichever program is about to replace an entry, it does so in its own map only.
-    entry = Entry(entry.key, entry.with_seen(entry.seen & ~Seen.CLAIMED))
+    entry = _unclaimed(entry)
     if flows.add(entry.key, entry.value):
         return True
     value = flows.lookup(entry.key)
@@ -269,6 +276,11 @@ def _put_flow(flows: Map, entry: Entry) -> bool:
         later = known if known.last >= entry.last else entry
         flows.update_many({entry.key: later.with_seen(entry.seen | known.seen)})
     return False
+
+
+def _unclaimed(entry: Entry) -> Entry:
+    """Whichever program is about to replace an entry, it does so in its own map only."""
+    return Entry(entry.key, entry.with_seen(entry.seen & ~Seen.CLAIMED))
 
 
 def _service_ids(old: MapSet, new: MapSet) -> dict[int, int]:

@@ -63,18 +63,25 @@ def of_base(text: str, where: str = "config.yaml") -> Rendered:
 
 
 def in_a_pod(
-    given: Configuration, base: str, where: str, *, has_kube_proxy: bool, networking: Networking = _NOTHING
+    given: Configuration,
+    base: str,
+    where: str,
+    *,
+    has_kube_proxy: bool,
+    networking: Networking = _NOTHING,
+    own_where: str = "",
 ) -> tuple[Rendered, list[str]]:
     """Merges ``given`` into the base; returns remarks, too.
 
-    ``where`` names the file in remarks. ``networking`` fills in what the file leaves out. Raises
-    ConfigurationError.
+    ``where`` names the file in remarks, ``own_where`` that of EbpfProxyConfiguration if it is another one.
+    ``networking`` fills in what the files leave out. Raises ConfigurationError.
     """
     documents = {each["kind"]: each for each in yaml_text.load_all(base)}
     remarks: list[str] = []
     for kind, found in _said(given):
         rules = {**_POD[kind], **(_WITH_KUBE_PROXY if has_kube_proxy and kind == kp.KIND else {})}
-        _replace(found, documents[kind], rules, where, remarks)
+        of_kind = where if kind == kp.KIND else own_where or where
+        _replace(found, documents[kind], rules, of_kind, remarks)
         documents[kind] = _over(documents[kind], found)
     remarks += _fill(documents, networking)
     text = "---\n".join(write.dump(documents[kind]) for kind in _POD)

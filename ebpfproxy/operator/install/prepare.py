@@ -110,7 +110,10 @@ def _switched_off(api: Api) -> Iterator[str]:
 def _configuration(
     wanted: Wanted, api: Api | None, kube_proxy: Object | None, before: Object | None, say: Say
 ) -> Rendered:
-    """``before`` is our own ConfigMap: once kube-proxy is gone, only this has what was inherited from it."""
+    """``before`` is our own ConfigMap: once kube-proxy is gone, only this has what was inherited from it.
+
+    While kube-proxy is there, its file has one of the two documents; the other stays as it is in our own.
+    """
     base = base_configuration()
     has_kube_proxy = kube_proxy is not None
     if wanted.config is not None:
@@ -119,22 +122,26 @@ def _configuration(
     elif not wanted.inherit or api is None:
         return configuration.of_base(base)
     else:
-        given, where, remarks = Configuration(), "config.yaml", []
+        given, where, own_where, remarks = Configuration(), "config.yaml", "", []
         file = kube_proxy_objects.configuration(api, kube_proxy) if kube_proxy is not None else None
         if file is not None:
             where = file.where
             given, remarks = configuration.of_kube_proxy(file.text, where)
-            say(f"configuration: kube-proxy's, from {where}")
+            say(f"configuration: KubeProxyConfiguration is kube-proxy's, from {where}")
         elif has_kube_proxy:
             say(
                 "warning: kube-proxy's DaemonSet has no --config from a ConfigMap: its flags are not taken"
                 " over, see --config"
             )
         kept = ((before or {}).get("data") or {}).get(CONFIG)
-        if file is None and kept:
-            where = shown("ConfigMap", wanted.namespace, AGENT)
-            say(f"configuration: as it is in {where}")
-            return configuration.of_base(str(kept), f"{where}: {CONFIG}")
+        if kept:
+            ours = shown("ConfigMap", wanted.namespace, AGENT)
+            own_where = f"{ours}: {CONFIG}"
+            if file is None:
+                say(f"configuration: as it is in {ours}")
+                return configuration.of_base(str(kept), own_where)
+            given = msgspec.structs.replace(given, own=load.parse(str(kept), own_where).own)
+            say(f"configuration: EbpfProxyConfiguration is as it is in {ours}")
         networking = _networking(api, say)
         if file is not None:
             # The file leaves the CIDR out on purpose: kubeadm writes it.
@@ -142,7 +149,12 @@ def _configuration(
         elif networking == Networking():
             return configuration.of_base(base)
         found, more = configuration.in_a_pod(
-            given, base, where, has_kube_proxy=has_kube_proxy, networking=networking
+            given,
+            base,
+            where,
+            has_kube_proxy=has_kube_proxy,
+            networking=networking,
+            own_where=own_where,
         )
         remarks += more
     for remark in remarks:

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import yaml
 
 from ebpfproxy import yaml_text
+from ebpfproxy.operator.sysdump.scalars import Scalars
 
 REMOVED = "(removed)"
 _NAME = (
@@ -31,10 +32,10 @@ _OWN_ANNOTATION = "ebpfproxy.io/"
 #: A value ends with its closing quote or the line; quotes are escaped where the text is in a string of JSON.
 _VALUE = (
     r"""(?P<value>"(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?|(?P<escape>\\+)"(?:.*?[^\\])?(?P=escape)"|\\+"[^\n]*"""
-    r"""|(?!true\b|false\b|null\b)[^\s,;&}\])"'\\]+)"""
+    r"""|(?!true\b|false\b|null\b|[|>][-+0-9]*(?:[\s\\]|$)|\(removed\))[^\s,;&}\])"'\\]+)"""
 )
 #: Names of Services are in lower case, and their ports follow a colon.
-_SEPARATOR = r"""(?:\\*+["']\s*[:=]\s*|\s*=\s*|:\s+|:(?=\\*["']))(?:(?:bearer|basic)\s+)?"""
+_SEPARATOR = r"""(?:\\*+["']\s*[:=]\s*|\s*=\s*|:[ \t]+|:(?=\\*["']))(?:(?:bearer|basic)\s+)?"""
 #: Annotations may be long, and nothing here may look at their parts again and again: what follows a name has
 #: an end, and an option is looked at where its word begins, after a line's end in a string of JSON, too.
 _ASSIGNED = re.compile(
@@ -51,9 +52,12 @@ _FORMS = (
     # A JSON Web Token.
     re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"),
     re.compile(r"(?<=bearer )[\w.~+/=-]{8,}", re.IGNORECASE),
-    # User and password of a URL.
-    re.compile(r"(?<=://)[^/\s:@\"']*:[^/\s@\"']+(?=@)"),
+    # A user, a token, or a user and a password of a URL; the digest of an image is none of these.
+    re.compile(r"(?<=://)[^/?#\s\"']+(?=@(?!sha\d+:))"),
+    # A password may have what ends the part of a URL with the host.
+    re.compile(r"(?<=://)(?!\[)[^/\s:@\"']{0,200}:[^\s\"']{0,200}(?=@(?!sha\d+:))"),
 )
+_SCALARS = Scalars(_NAME, REMOVED)
 _LEAST = 8
 
 
@@ -87,7 +91,7 @@ class Secrets:
         for each in sorted(self._known, key=len, reverse=True):
             text = text.replace(each, REMOVED)
         if _SECRET.search(text):
-            text = _OPTION.sub(_replaced, _ASSIGNED.sub(_replaced, text))
+            text = _OPTION.sub(_replaced, _ASSIGNED.sub(_replaced, _SCALARS.remove(text)))
         for form in _FORMS:
             text = form.sub(REMOVED, text)
         return text

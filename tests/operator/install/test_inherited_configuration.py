@@ -230,6 +230,15 @@ def test_our_document_is_inherited_except_settings_of_the_pod() -> None:
     ]
 
 
+def test_remarks_name_the_file_of_their_document() -> None:
+    both = load.parse(f"{KUBE_PROXY}hostnameOverride: a\n---\n{OWN}bpfRoot: /x\n", "x")
+    _, remarks = configuration.in_a_pod(both, BASE, WHERE, has_kube_proxy=True, own_where="ours")
+    assert [each.partition(" left out")[0] for each in remarks] == [
+        f"{WHERE}: hostnameOverride: a",
+        "ours: bpfRoot: /x",
+    ]
+
+
 def test_hard_fail_is_kept_without_a_kube_proxy() -> None:
     found, remarks = given(f"{KUBE_PROXY}bindAddressHardFail: true\n")
     assert load.parse(found.text, "x").kube_proxy.bind_address_hard_fail

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ebpfproxy.config import load
 from tests.kube.test_real_api_server import ASSETS, RealServer
 from tests.operator.install.site import IMAGE, INSTALLED, SYSTEM, Object, Real, Site, StandIn, kube_proxy
 
@@ -143,7 +144,11 @@ def test_configuration_of_kube_proxy_is_inherited_also_after_its_removal(site: S
     done = site.install(*ADDRESS)
     assert done.exit_code == 0, done.output
     assert "`ebpfproxy migrate` is the next step" in done.stderr
-    assert "configuration: kube-proxy's, from ConfigMap kube-system/kube-proxy: config.conf" in done.stderr
+    assert (
+        "configuration: KubeProxyConfiguration is kube-proxy's, from ConfigMap kube-system/kube-proxy: config.conf"
+        in done.stderr
+    )
+    assert "EbpfProxyConfiguration" not in done.stderr, "no earlier install has one"
     text = config(site)
     assert "clusterCIDR: 10.244.0.0/16" in text and "mode: ipvs" in text
     for kind in ("DaemonSet", "ConfigMap"):
@@ -154,6 +159,27 @@ def test_configuration_of_kube_proxy_is_inherited_also_after_its_removal(site: S
     assert config(site) == text
     assert site.install(*ADDRESS, "--no-inherit").exit_code == 0
     assert "mode: ipvs" not in config(site)
+
+
+def test_own_document_of_an_earlier_install_stays_beside_kube_proxys(site: Site, tmp_path: Path) -> None:
+    """kube-proxy's file has KubeProxyConfiguration alone: it says nothing about EbpfProxyConfiguration."""
+    configuration = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: "
+    for item in kube_proxy(f"{configuration}ipvs\n"):
+        site.create(item)
+    mine = tmp_path / "mine.yaml"
+    own = "apiVersion: ebpfproxy.io/v1alpha1\nkind: EbpfProxyConfiguration\nlbAlgorithm: maglev\n"
+    mine.write_text(f"{configuration}nftables\n---\n{own}externalIPs: false\n")
+    assert site.install(*ADDRESS, "--config", str(mine)).exit_code == 0
+    done = site.install(*ADDRESS)
+    assert done.exit_code == 0, done.output
+    assert [line for line in done.stderr.splitlines() if line.startswith("configuration: ")] == [
+        "configuration: KubeProxyConfiguration is kube-proxy's, from ConfigMap kube-system/kube-proxy: config.conf",
+        "configuration: EbpfProxyConfiguration is as it is in ConfigMap kube-system/ebpfproxy",
+    ]
+    found = load.parse(config(site), "config.yaml")
+    assert found.kube_proxy.mode == "ipvs"
+    assert (found.own.lb_algorithm, found.own.external_ips) == ("maglev", False)
+    assert lines_with(site.install(*ADDRESS).stdout, "unchanged") == NAMES
 
 
 def config(site: Site) -> str:

@@ -67,11 +67,17 @@ def wait_end(agent: Agent) -> bool:
 
 
 class Ladder:
-    """Chooses each step once, or one step of each kind in ``of_kind``, and each of the kinds in ``all_of``."""
+    """Chooses each step once, or one step of each kind in ``of_kind``, and each of the kinds in ``all_of``.
 
-    def __init__(self, fault: Fault, *, of_kind: Collection[str] = (), all_of: Collection[str] = ()) -> None:
+    ``every``: only one of so many steps, where each takes long.
+    """
+
+    def __init__(
+        self, fault: Fault, *, of_kind: Collection[str] = (), all_of: Collection[str] = (), every: int = 1
+    ) -> None:
         self.done: set[Step] = set()
         self._fault = fault
+        self._every = every * EVERY
         self._left = set(of_kind)
         self._all_of = frozenset(all_of)
         self._has_kinds = bool(of_kind)
@@ -88,7 +94,7 @@ class Ladder:
         is_other = kind not in self._left or step.name in _PROBES
         if self._has_kinds and is_other and kind not in self._all_of:
             return None
-        if not self._has_kinds and zlib.crc32(str(step).encode()) % EVERY != _PART:
+        if not self._has_kinds and zlib.crc32(str(step).encode()) % self._every != _PART:
             return None
         self._left.discard(kind)
         self.done.add(step)

@@ -23,7 +23,7 @@ from tests.lab.spaces import Space
 SECONDS = 10.0
 #: Between two of a thread, so that what is tested has a processor, too.
 PAUSE = 0.004
-#: Of a thread, half of them of each family.
+#: A thread keeps so many open, half of them of each family.
 _LONG = 8
 #: A connection is closed after so many requests, so that it is a new one's next.
 _REQUESTS = 50
@@ -60,7 +60,7 @@ class _Thread(threading.Thread):
         self._way = way
         self._stop_event = stop
         self._pause = pause
-        #: By address.
+        #: These are the open connections to each address.
         self._kept: list[list[socket.socket]] = [[] for _ in way.hosts]
         self._kind = kind
         self._once: Callable[[int], None] = getattr(self, f"_{kind}")

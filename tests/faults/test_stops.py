@@ -56,22 +56,22 @@ def test_agent_stopped_at_every_step_of_an_update(faulted: Faulted) -> None:
     stepped.join()
 
 
-def test_agent_stopped_at_every_step_of_a_change_of_map_sizes(faulted: Faulted) -> None:
-    """SIGSTOP for a while at every step of a start with maps of other sizes, and back to the old ones.
+def test_agent_stopped_at_steps_of_a_change_of_map_sizes(faulted: Faulted) -> None:
+    """SIGSTOP for a while at every fourth step of a start with maps of other sizes, and back to the old ones.
 
     As with kill -9 there, flows of packets that begin while the agent does not copy them may be lost.
     """
     faulted.agent().start().kill()
-    fault = "SIGSTOP at every step of a change of map sizes"
-    ladder = Ladder(_STOP)
-    with faulted.under_load(fault, packets=False):
+    fault = "SIGSTOP at every fourth step of a change of map sizes"
+    ladder = Ladder(_STOP, every=4)
+    with faulted.under_load(fault, packets=False, pause=0.02):
         for arguments in (OTHER_SIZES, ()):
             agent, stepped = start(faulted, ladder.choose, *arguments)
-            agent.wait_ready(300)
+            agent.wait_ready(600)
             agent.kill()
             stepped.join()
     ladder.report(fault)
-    assert EVERY > 1 or ladder.has_done("LINK_UPDATE", "unlinkat")
+    assert EVERY > 1 or len(ladder.done) > 40
     agent = faulted.agent().start()
     assert len([*pin_folder(faulted.a.bpf_root).glob("v*")]) == 1
     faulted.wait_equal()

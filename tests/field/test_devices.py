@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.datapath.programs.devices import filter_attachments, link_attachments
 from tests.e2e.outside_client import OutsideClientCluster, ask_by_socat
 from tests.e2e.two_node_cluster import BALANCER, NODE_PORT
 from tests.field import test_same_ports as same_ports
@@ -340,6 +342,23 @@ def test_detect_local_mode_matches_the_name_of_the_bridge(
     }
     assert ("10.20.2.9" in seen) is kept
     assert len(seen) == (1 if kept else 2), seen
+
+
+# -- links and filters
+
+
+def test_attachments_of_an_agent_with_tcx_give_way_to_those_of_one_without_and_back(
+    cluster: DevicesCluster, running: Agent, start_agent: Callable[..., Agent]
+) -> None:
+    """A device never has links and filters: both would translate a packet."""
+    for options in (["--without", "tcx"], [], ["--without", "tcx"], []):
+        used = start_agent(*options)
+        links = link_attachments(pin_folder(cluster.a.bpf_root))
+        attached_filters = cluster.a.call(filter_attachments)
+        assert bool(links) is not bool(options)
+        assert bool(attached_filters) is bool(options)
+        assert cluster.outside.call(clients.connect_error, BALANCER, 80) == "connected"
+        used.stop()
 
 
 # -- status

@@ -124,6 +124,7 @@ class DeviceAttacher:
     def _attach(self, target: Target, programs: Path) -> str:
         module = _module(target)
         did = []
+        self._remove_other_kind(target)
         # Replies are translated before the first connection is.
         for hook in reversed(module.hooks):
             direction = _direction(hook)
@@ -133,6 +134,22 @@ class DeviceAttacher:
                 else:
                     did.append(self._filter(target, direction, program))
         return "" if not any(did) else next(filter(None, did))
+
+    def _remove_other_kind(self, target: Target) -> None:
+        """What an agent has attached that did with tcx, or without: both at once would translate twice."""
+        links = [self._links / f"tc-{target.ifindex}-{direction}" for direction in _DIRECTIONS]
+        if self._tcx:
+            if not any(path.exists() for path in links):
+                with Rtnetlink() as netlink:
+                    _remove_filters_of(netlink, target.ifindex)
+            return
+        for path in links:
+            with bpf.pinned(path) as link:
+                if link is not None:
+                    if bpf.tcx_link_info(link).ifindex == target.ifindex:
+                        # Without its pin it would end only some time later.
+                        bpf.link_detach(link)
+                    path.unlink(missing_ok=True)
 
     # -- what others have done
 
@@ -319,16 +336,19 @@ def remove_filters(keep: Iterable[int] = ()) -> list[str]:
     gone = []
     with Rtnetlink() as netlink:
         for index in device_indexes(netlink):
-            if index in kept:
-                continue
-            ours = {d: our_filter(filters(netlink, index, _PARENTS[d])) for d in _DIRECTIONS}
-            found = {direction: each for direction, each in ours.items() if each is not None}
-            for direction, each in found.items():
-                delete_filter(netlink, _place(index, direction, each))
-                gone.append(f"device {index} {direction} detached")
-            if found and not any(filters(netlink, index, parent) for parent in _PARENTS.values()):
-                delete_clsact(netlink, index)
+            if index not in kept:
+                gone += _remove_filters_of(netlink, index)
     return gone
+
+
+def _remove_filters_of(netlink: Rtnetlink, index: int) -> list[str]:
+    ours = {d: our_filter(filters(netlink, index, _PARENTS[d])) for d in _DIRECTIONS}
+    found = {direction: each for direction, each in ours.items() if each is not None}
+    for direction, each in found.items():
+        delete_filter(netlink, _place(index, direction, each))
+    if found and not any(filters(netlink, index, parent) for parent in _PARENTS.values()):
+        delete_clsact(netlink, index)
+    return [f"device {index} {direction} detached" for direction in found]
 
 
 # -- what is there

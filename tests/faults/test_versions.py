@@ -11,6 +11,7 @@ import pytest
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi.schema import SCHEMA_VERSION, version_name
+from ebpfproxy.datapath.programs import bytecode
 from tests.faults.faulted import Faulted
 from tests.lab.waiting import until
 
@@ -96,6 +97,11 @@ def first_with_the_same_folder(tmp_path_factory: pytest.TempPathFactory) -> Path
         first = folder
     if first is None:
         pytest.skip("this checkout has no history")
+    # An agent compiles for two minutes at most, and beside the load that may be too short.
+    build = [sys.executable, "-m", "ebpfproxy.datapath.programs.build", str(bytecode.CACHE)]
+    for _ in range(3):
+        if not subprocess.run(build, cwd=first, check=False).returncode:
+            break
     return first
 
 

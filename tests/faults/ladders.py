@@ -39,6 +39,8 @@ _PART = int(os.environ.get("EBPFPROXY_FAULTS_PART", "0"))
 SAMPLED = frozenset({"PROG_LOAD", "OBJ_PIN", "LINK_UPDATE"})
 #: What finds out about the kernel loads programs, too.
 _PROBES = frozenset({"PROG_LOAD ", "PROG_LOAD probe", "PROG_LOAD libbpf_nametest"})
+#: Copied flows are steps, of which each takes two switches between processes.
+_READY_SECONDS = 4 * READY_SECONDS
 KILL = Fault(signal.SIGKILL)
 OTHER_SIZES = ("--max-services", "3000")
 
@@ -56,9 +58,11 @@ def wait_end(agent: Agent) -> bool:
     """Waits until it is ready (True), or has ended."""
     assert agent.process is not None
     process = agent.process
-    ends = time.monotonic() + READY_SECONDS
+    ends = time.monotonic() + _READY_SECONDS
     until(
-        lambda: agent.is_ready or process.poll() is not None or time.monotonic() > ends, "", 2 * READY_SECONDS
+        lambda: agent.is_ready or process.poll() is not None or time.monotonic() > ends,
+        "",
+        2 * _READY_SECONDS,
     )
     assert agent.is_ready or process.poll() is not None, (
         f"the agent neither ends nor is ready:\n{agent.text[-9000:]}"

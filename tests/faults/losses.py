@@ -15,12 +15,21 @@ _SNMP = frozenset(
     """.split()  # noqa: SIM905
 )
 #: Columns of /proc/net/stat, by file.
-_TABLES = {"arp_cache": ("unresolved_discards", "table_fulls"), "nf_conntrack": ("insert_failed", "drop")}
+_TABLES = {
+    "arp_cache": ("unresolved_discards", "table_fulls"),
+    "ndisc_cache": ("unresolved_discards", "table_fulls"),
+    "nf_conntrack": ("insert_failed", "drop"),
+}
 
 
 def here() -> Counter[str]:
     """What this network namespace has lost so far."""
     return Counter(dict(_found()))
+
+
+def _lines(file: str) -> list[str]:
+    path = _NET / file
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def _found() -> Iterator[tuple[str, int]]:
@@ -30,6 +39,10 @@ def _found() -> Iterator[tuple[str, int]]:
             for name, value in zip(names, values, strict=True):
                 if f"{kind}{name}".replace(":", ".") in _SNMP:
                     yield f"{kind} {name}", int(value)
+    for line in _lines("snmp6"):
+        name, value = line.split()
+        if name.replace("6", ".", 1) in _SNMP or name == "Icmp6OutDestUnreachs":
+            yield name, int(value)
     for file, columns in _TABLES.items():
         if (_NET / "stat" / file).exists():
             head, *rows = [line.split() for line in (_NET / "stat" / file).read_text().splitlines()]

@@ -16,7 +16,7 @@ import urllib3
 
 import ebpfproxy
 from ebpfproxy.kube import access, control_plane, failures, kubeconfig
-from ebpfproxy.kube.access import Access, check_url
+from ebpfproxy.kube.access import Access, check_server
 from ebpfproxy.kube.backoff import Backoff
 from ebpfproxy.kube.decode import decode_status
 from ebpfproxy.kube.errors import ConfigError
@@ -107,7 +107,7 @@ class ApiConnection:
         if kubeconfigs is None and master is None:
             return cls.in_pod(limit=limit)
         if master is not None:
-            check_url(master, "--master")
+            check_server(master, "--master")
         paths = [kubeconfigs] if isinstance(kubeconfigs, Path) else list(kubeconfigs or ())
 
         def configure() -> Access:
@@ -123,7 +123,7 @@ class ApiConnection:
         """The pod's service account; ``master`` replaces the server's address. Raises ConfigError."""
         if master is None:
             return cls(_InCluster(), limit, has_choice=True)
-        check_url(master, "--master")
+        check_server(master, "--master")
         return cls(lambda: access.in_cluster()._replace(server=master.rstrip("/")), limit)
 
     @property

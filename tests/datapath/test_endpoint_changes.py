@@ -158,7 +158,7 @@ def _choose_until_end(words: memoryview, choose: Choose) -> Report:
         report.choices += 1
         report.during_changes += completed != begun
         report.sets += number != last
-        # Who has seen the new set does not see the old one any more.
+        # A process that has seen the new set does not see the old one any more.
         if number is None or not max(completed, last) <= number <= begun:
             report.wrong.append((completed, number, begun))
         last = number if number is not None else last

@@ -69,10 +69,14 @@ def test_health_check_node_ports_are_listened_at_while_their_service_is_there(
     usual = {f"*:{HEALTHZ}/tcp", f"127.0.0.1:{METRICS}/tcp"}
     agent = cluster.agent().start()
     file = cluster.manifests / "checked.yaml"
-    spec = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": CHECKED}
-    manifests.write(
-        file, manifests.service("checked", clusterIPs=["10.96.0.60"], ports=[{"port": 80}], **spec)
+    checked = manifests.service(
+        "checked",
+        clusterIPs=["10.96.0.60"],
+        type="LoadBalancer",
+        externalTrafficPolicy="Local",
+        healthCheckNodePort=CHECKED,
     )
+    manifests.write(file, checked)
     until(lambda: listening(cluster, agent) == {*usual, f"*:{CHECKED}/tcp"}, "the port is not listened at")
     file.unlink()
     until(lambda: listening(cluster, agent) == usual, "the port is listened at")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.root
 PLANTED = "planted"
 TOKEN = f"{PLANTED}-token"
 ADDRESS = "10.96.0.10"
-#: In the agent's environment; the proxy and the collector are not there.
+#: The agent has it in its environment. Nobody listens where the proxy and the collector should be.
 ENVIRONMENT = {
     "API_KEY": f"{PLANTED}-in-the-environment",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9/",
@@ -87,7 +87,7 @@ class Cluster:
             "env": [{"name": "PLUGIN_KEY", "value": f"{PLANTED}-of-the-plugin"}],
             "interactiveMode": "Never",
         }
-        return {
+        users: dict[str, dict[str, object]] = {
             "token": {"token": TOKEN},
             "certificate": {"client-certificate": certificate, "client-key": key},
             "plugin": {"exec": plugin},
@@ -99,7 +99,8 @@ class Cluster:
             "wrong plugin": {"exec": {**plugin, "env": [], "command": "/nowhere/plugin"}},
             "not a string": {"token": [f"{PLANTED}-list"]},
             "no YAML": {},
-        }[kind]
+        }
+        return users[kind]
 
     def kubeconfig(self, kind: str, folder: Path) -> Path:
         authority = {"certificate-authority": str(self._authority.path)}

@@ -53,7 +53,7 @@ def _said(agent: Agent, cgroup: MemoryCgroup) -> str:
     return lines[-1]
 
 
-# In MB: it needs about 40 of its own, and 150 for maps that it creates.
+# Limits are in MB: an agent needs about 40 of its own, and 150 for maps that it creates.
 @pytest.mark.parametrize(
     ("maps", "limit"),
     [

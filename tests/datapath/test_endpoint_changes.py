@@ -10,6 +10,7 @@ import ctypes
 import json
 import mmap
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -74,7 +75,8 @@ FEW = Capacity(
 )
 #: A flow keeps the id of its backend until the agent has swept it, which nobody does here, so none is used again.
 MANY = msgspec.structs.replace(FEW, backends=4 * CHANGES)
-_CLONE_NEWNET = 0x40000000
+_CLONE_NEWNET, _PR_SET_PDEATHSIG = 0x40000000, 1
+_libc = ctypes.CDLL(None)
 _COMPLETED, _BEGUN, _ENDS = range(3)
 
 
@@ -133,6 +135,8 @@ class Reader:
             return
         with suppress(BaseException):
             try:
+                # It does not go on where the tests are killed.
+                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
                 os.sched_setaffinity(0, {cpu})
                 found = msgspec.json.encode(_choose_until_end(words, prepare(cpu)))
             except BaseException:
@@ -166,7 +170,7 @@ def _choose_until_end(words: memoryview, choose: Choose) -> Report:
 
 
 def _own_network() -> None:
-    assert ctypes.CDLL(None).unshare(_CLONE_NEWNET) == 0
+    assert _libc.unshare(_CLONE_NEWNET) == 0
     for command in ("ip link set lo up", "ip route add default dev lo"):
         subprocess.run(command.split(), check=True)
 

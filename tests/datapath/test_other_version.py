@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ebpfproxy.config.datapath import Capacity
@@ -17,6 +18,7 @@ from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import pin_folder
+from tests.datapath.writing import SMALL
 
 pytestmark = pytest.mark.root
 
@@ -59,6 +61,19 @@ def test_commands_report_another_version(pins: Path, other: MapSet) -> None:
     with pytest.raises(dump.NothingPinnedError, match="another version of ebpfproxy") as output:
         dump.open_maps(pins)
     assert str(other.folder) in str(output.value)
+
+
+@pytest.mark.parametrize("field", Capacity.__struct_fields__)
+@pytest.mark.parametrize("size", [1024, 1 << 20])
+def test_maps_of_other_sizes_are_of_this_version(pins: Path, field: str, size: int) -> None:
+    """Whatever is configured, commands read all maps, with the sizes that they have."""
+    made = maps.open_or_create(pin_folder(pins), msgspec.structs.replace(SMALL, **{field: size}))
+    read = dump.open_maps(pins)
+    assert {name: each.spec for name, each in read.maps.items()} == {
+        name: each.spec for name, each in made.maps.items()
+    }
+    for each in (made, read):
+        each.close()
 
 
 def opened() -> int:

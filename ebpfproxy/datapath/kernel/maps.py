@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections, SweepRecord
-from ebpfproxy.datapath.abi.schema import XDP_MAPS, MapSpec, map_specs, version_name
+from ebpfproxy.datapath.abi.schema import SIZED_VALUES, XDP_MAPS, MapSpec, map_specs, version_name
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray, map_of
 from ebpfproxy.datapath.kernel.libbpf import BpfError
@@ -152,6 +152,8 @@ def _open(path: Path, spec: MapSpec) -> Map | None:
     fd = bpf.get_pinned(path)
     try:
         info = bpf.map_info(fd)
+        if spec.name in SIZED_VALUES:
+            spec = spec._replace(value_size=info.value_size)
         if (info.key_size, info.value_size) == (spec.key_size, spec.value_size):
             return map_of(fd, spec._replace(max_entries=info.max_entries))
     except BaseException:

@@ -167,10 +167,12 @@ def _packets(family: FamilyAddresses) -> Iterator[Packet]:
             for each in _transports(20007, services):
                 yield IP(src=family.client, dst=family.web, options=chosen) / each
         return
+    options = raw(IPv6ExtHdrDestOpt(nh=17))
     for at, more in ((0, 1), (50, 1), (100, 0)):
-        part = raw(big)[at * 8 : at * 8 + 400]
-        header = IPv6ExtHdrFragment(id=7, offset=at, m=more, nh=17)
-        yield IPv6(src=family.client, dst=family.web) / header / Raw(part)
+        for number, following, body in ((7, 17, raw(big)), (8, 60, options + raw(big))):
+            part = body[at * 8 : at * 8 + 400]
+            header = IPv6ExtHdrFragment(id=number, offset=at, m=more, nh=following)
+            yield IPv6(src=family.client, dst=family.web) / header / Raw(part)
     for kind in (IPv6ExtHdrDestOpt, IPv6ExtHdrHopByHop, IPv6ExtHdrRouting):
         for each in _transports(20007, services):
             yield IPv6(src=family.client, dst=family.web) / kind() / each

@@ -30,6 +30,33 @@ static uint32_t shortest(uint8_t proto)
 	return proto == TCP ? 20 : proto == SCTP ? 12 : 8;
 }
 
+static bool is_extension(uint8_t type)
+{
+	return type == 0 || type == ROUTING || type == DSTOPTS || type == AH || type == FRAGMENT;
+}
+
+static uint32_t extension_size(uint8_t type, const uint8_t *b)
+{
+	return type == FRAGMENT ? 8 : type == AH ? (b[1] + 2) * 4 : (b[1] + 1) * 8;
+}
+
+/* Finds the ports of a quoted packet; returns false where a later fragment has none. */
+static bool walk_quoted_chain(struct view *v, const uint8_t *b, uint32_t end)
+{
+	for (int i = 0; i < 6; i++) {
+		const uint32_t at = v->inner_l4;
+		const uint8_t type = v->inner_proto;
+
+		if (!is_extension(type))
+			return true;
+		if (at + 8 > end || (type == FRAGMENT && get16(b + at + 2) & 0xfff8))
+			return false;
+		v->inner_proto = b[at];
+		v->inner_l4 = at + extension_size(type, b + at);
+	}
+	return false;
+}
+
 static bool read_quoted(struct view *v, const struct frame *f, uint32_t at, uint32_t end)
 {
 	const uint8_t *b = f->b;
@@ -50,6 +77,8 @@ static bool read_quoted(struct view *v, const struct frame *f, uint32_t at, uint
 		v->inner_proto = b[at + 6];
 		v->inner_src = sixteen(b + at + 8);
 		v->inner_dst = sixteen(b + at + 24);
+		if (!walk_quoted_chain(v, b, end))
+			return false;
 	}
 	if (!has_ports(v->inner_proto) || v->inner_l4 + 8 > end)
 		return false;
@@ -66,8 +95,7 @@ static void walk_chain(struct view *v, const struct frame *f, uint32_t end)
 		const uint32_t at = v->l4;
 		const uint8_t next = v->proto;
 
-		if (next != 0 && next != ROUTING && next != DSTOPTS && next != AH &&
-		    next != FRAGMENT) {
+		if (!is_extension(next)) {
 			v->chain_is_known = true;
 			return;
 		}
@@ -78,13 +106,11 @@ static void walk_chain(struct view *v, const struct frame *f, uint32_t end)
 			v->fragment_at = at;
 			v->is_fragment = get16(b + at + 2) & 0xfff9;
 			v->is_later = get16(b + at + 2) & 0xfff8;
-			v->l4 = at + 8;
-			if (v->is_later) {
-				v->chain_is_known = true;
-				return;
-			}
-		} else {
-			v->l4 = at + (next == AH ? (b[at + 1] + 2) * 4 : (b[at + 1] + 1) * 8);
+		}
+		v->l4 = at + extension_size(next, b + at);
+		if (v->is_later) {
+			v->chain_is_known = true;
+			return;
 		}
 	}
 }

@@ -47,6 +47,18 @@ static __always_inline int send_to_self(struct __sk_buff *skb)
 }
 
 #if L3_OFFSET == ETH_HLEN
+/*
+ * Says if the device in @fib has link addresses. A tunnel to any host (IPIP, GRE) has a neighbour
+ * without one for each next hop, and takes that from the packet's route: redirect_neigh() has to
+ * attach it.
+ */
+static __always_inline bool has_link_addresses(const struct bpf_fib_lookup *fib)
+{
+	const u8 *mac = fib->dmac;
+
+	return mac[0] | mac[1] | mac[2] | mac[3] | mac[4] | mac[5];
+}
+
 /* Sends a packet to the next hop in @fib, whose link address is known. */
 static __always_inline int send_to_neighbour(struct __sk_buff *skb,
 					     const struct bpf_fib_lookup *fib)
@@ -98,7 +110,7 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 	if (!leads_out(way) || !fib.ifindex)
 		return drop(EVENT_UNROUTABLE);
 #if L3_OFFSET == ETH_HLEN
-	if (way == FIB_NEIGHBOUR)
+	if (way == FIB_NEIGHBOUR && has_link_addresses(&fib))
 		return send_to_neighbour(skb, &fib);
 #endif
 	if (!add_link_header(skb))

@@ -87,9 +87,9 @@ struct endpoint {
 	uint16_t port;
 	uint8_t proto;
 	int service;
-	/* Of a frontend: clients outside may reach backends of other nodes, ranges say which. */
+	/* A frontend: clients outside reach backends of other nodes; ranges say which clients. */
 	bool is_outside, has_ranges, is_node_port;
-	/* Of a backend: it is on this node. */
+	/* A backend is on this node. */
 	bool is_here;
 };
 
@@ -107,7 +107,7 @@ extern struct world {
 	uint32_t program_count, frontend_count, backend_count, network_count, address_count,
 		own_count, here_count, seed_count;
 	int limit_map;
-	/* Of the agent: options, the ports that stand for clients, the MTU of its uplink. */
+	/* The agent's options, the ports that stand for clients, and the MTU of its uplink. */
 	bool bypasses, has_xdp, sends_dsr, accepts_dsr;
 	uint32_t first_port, last_port, mtu;
 } world;
@@ -244,7 +244,7 @@ enum rule {
 extern struct findings {
 	FILE *report;
 	uint64_t violations, unserved, by_rule[RULE_COUNT];
-	/* What Services have to count; of some fragments nobody can tell. */
+	/* What Services have to count: of some fragments nobody can tell. */
 	uint64_t packets, bytes, unsure_packets, unsure_bytes;
 } findings;
 

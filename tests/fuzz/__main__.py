@@ -92,6 +92,7 @@ class Run:
     def machine(self) -> None:
         """Machines one after the other, each with other random numbers."""
         done: Counter[str] = Counter()
+        killed_in: Counter[str] = Counter()
         objects = machine.population(400)
         seed = 0
         with machine.bench() as bench:
@@ -103,12 +104,18 @@ class Run:
                 except Exception:
                     self._fault(f"machine {seed}: {dict(made.steps)}\n{traceback.format_exc()}")
                 done.update(made.steps)
+                killed_in.update(made.killed_in)
                 seed += 1
         killed = done.pop("killed", 0)
         rows = [[name, f"{count:,}"] for name, count in sorted(done.items())]
         rows.append(["**all**", f"{sum(done.values()):,}"])
         self._table("Tracker and writer against the rules", ("step", "how often"), rows)
-        self.lines += [f"In {killed:,} of these an agent was killed within a change.", ""]
+        files = ", ".join(f"{name} {count:,}" for name, count in killed_in.most_common())
+        self.lines += [
+            f"In {killed:,} of these an agent was killed: {killed - killed_in.total():,} when it wrote to a map, and"
+            f" others at any line of the modules that write maps, in a change, a clean-up or a start: {files}.",
+            "",
+        ]
 
     def packets(self) -> None:
         """A share of them in each world; worlds of one kind one after the other: maps fill up in each."""

@@ -244,7 +244,7 @@ enum rule {
 extern struct findings {
 	FILE *report;
 	uint64_t violations, unserved, by_rule[RULE_COUNT];
-	/* What Services have to count: of some fragments nobody can tell. */
+	/* Packets and bytes that Services have to count, and those of which nobody can tell. */
 	uint64_t packets, bytes, unsure_packets, unsure_bytes;
 } findings;
 

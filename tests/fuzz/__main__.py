@@ -196,7 +196,7 @@ class Run:
     def floods(self) -> None:
         """What is left of established flows."""
         with floods.flooded_world() as world:
-            rows = [[*map(str, each)] for each in floods.measure(world)]
+            rows = [[*each] for each in floods.measure(world)]
         self._table("Floods: established flows that are still there", floods.HEAD, rows)
         with floods.flooded_world(floods.LARGE) as world:
             rows = [list(each) for each in floods.measure_new(world)]

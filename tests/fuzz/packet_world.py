@@ -26,6 +26,7 @@ from ebpfproxy.datapath.services.measures import Traffic
 from ebpfproxy.services.model import FrontendKind
 from tests.fuzz.packet_seeds import RAW_CLIENTS, seeds
 from tests.lab import Lab
+from tests.lab.waiting import READY_SECONDS
 from tests.packets.dsr_packets import documents as dsr_documents
 from tests.packets.packet_cluster import FAMILIES, PORTS, PacketCluster
 
@@ -126,7 +127,8 @@ WORLDS: dict[str, tuple[tuple[str, ...], Options]] = {
         Options.XDP,
     ),
 }
-_MASQUERADE_PORTS = 10000, 29999
+#: Below those of sockets in a lab.
+_MASQUERADE_PORTS = 1024, 14999
 #: Services whose backends clients outside reach on their own node alone, and those that ranges protect.
 _LOCAL = ("local", "elsewhere")
 _RANGED = ("ranged", "here-ranged")
@@ -214,7 +216,7 @@ class PacketWorld:
         self.cluster.wire.close()
 
     def _program(self, pin: str) -> int:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + READY_SECONDS
         while not (found := list(self._version.glob(f"progs-*/{pin}"))):
             assert time.monotonic() < deadline, f"{pin} is not loaded:\n{self.cluster.agent.text}"
             time.sleep(0.05)

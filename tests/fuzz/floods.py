@@ -105,13 +105,17 @@ class Runner:
         return self._in(V4.ip(V4.client, V4.local_balancer) / segment)
 
     def victims(self, protocol: str, ports: Iterable[int]) -> list[Victim]:
-        """Establishes flows."""
+        """Establishes flows, all of them before any goes on.
+
+        The kernel takes what nobody has used since it was inserted for the first to be evicted.
+        """
         begins, confirms = self._segment(protocol, "S"), self._segment(protocol, "SA", replies=True)
         original, reply = self._segment(protocol, "A"), self._segment(protocol, "A", replies=True)
         found = [Victim(port, original, reply) for port in ports]
         for flow in found:
             assert _run(begins, _PORT_AT, flow.port) == PASS
             assert _run(confirms, _PORT_AT + 2, flow.port) == PASS
+        for flow in found:
             assert _run(original, _PORT_AT, flow.port) == PASS
             assert self.is_whole(protocol, flow)
         return found

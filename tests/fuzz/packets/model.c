@@ -88,9 +88,20 @@ bool has_backend_port(uint16_t port)
 	return false;
 }
 
+/* With DSR a flow may have come in at another node's NodePort. */
+static bool is_node_port(uint16_t port, uint8_t proto)
+{
+	for (uint32_t i = 0; i < world.frontend_count; i++)
+		if (world.frontends[i].is_node_port && world.frontends[i].port == port &&
+		    world.frontends[i].proto == proto)
+			return true;
+	return false;
+}
+
 static bool is_end(const addr *a, uint16_t port, uint8_t proto)
 {
-	return find_frontend(a, port, proto) || find_backend(a, port, proto);
+	return find_frontend(a, port, proto) || find_backend(a, port, proto) ||
+	       (world.accepts_dsr && is_node_port(port, proto));
 }
 
 static bool has_end(const addr *a)

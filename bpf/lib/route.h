@@ -137,6 +137,9 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 	struct bpf_fib_lookup fib;
 	enum fib_result way;
 
+	/* It is an address of the device where the packet has come in. */
+	if (addr_is_link_local6(&nat->dst))
+		return PASS;
 	way = fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib);
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
 		return send_to_self(skb);
@@ -166,7 +169,7 @@ static __always_inline int deliver_error(struct __sk_buff *skb, const struct nat
 #else
 	struct bpf_fib_lookup fib;
 
-	if (NODEPORTS_ON_LOOPBACK &&
+	if (NODEPORTS_ON_LOOPBACK && !addr_is_link_local6(&nat->dst) &&
 	    fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib) == FIB_LOCAL)
 		return send_to_self(skb);
 	return PASS;

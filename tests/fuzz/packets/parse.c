@@ -115,6 +115,56 @@ static void walk_chain(struct view *v, const struct frame *f, uint32_t end)
 	}
 }
 
+/* The option of DSR lies behind the IP header: of IPv4's header, or an extension header. */
+static void read_option(struct view *v, const struct frame *f)
+{
+	const uint8_t *b = f->b + v->l3;
+
+	if (v->proto != TCP && v->proto != UDP)
+		return;
+	if (v->version == 4) {
+		if (!v->l3_length || v->l4 < v->l3 + 28 || b[20] != 0x9a || b[21] != 8)
+			return;
+		v->option_port = get16(b + 22);
+		v->option_addr = mapped(b + 24);
+	} else {
+		if (v->l3_length == 40 || v->l4 < v->l3 + 64 || b[6] != DSTOPTS || b[41] != 2 ||
+		    b[42] != 0x1b || b[43] != 20)
+			return;
+		v->option_addr = sixteen(b + 44);
+		v->option_port = get16(b + 60);
+		if (!memcmp(&v->option_addr, mapped(b).b, 12))
+			return;
+	}
+	v->has_option = true;
+}
+
+uint32_t option_size(const struct view *v)
+{
+	return v->version == 4 ? 8 : 24;
+}
+
+/* Makes the packet without the option that it has; the checksum of IPv4's header stays. */
+bool strip_option(const struct view *v, const struct frame *f, struct frame *plain)
+{
+	const uint32_t size = option_size(v), at = v->l3 + (v->version == 4 ? 20 : 40);
+	uint8_t *b = plain->b + v->l3;
+
+	if (!v->has_option)
+		return false;
+	plain->length = f->length - size;
+	memcpy(plain->b, f->b, at);
+	memcpy(plain->b + at, f->b + at + size, f->length - at - size);
+	if (v->version == 4) {
+		b[0] -= size / 4;
+		put16(b + 2, get16(b + 2) - size);
+	} else {
+		b[6] = f->b[at];
+		put16(b + 4, get16(b + 4) - size);
+	}
+	return true;
+}
+
 /* Reads a frame as a receiver does: what lies behind the end of the IP packet is padding. */
 struct view read_frame(const struct frame *f, uint32_t l3)
 {
@@ -161,6 +211,7 @@ struct view read_frame(const struct frame *f, uint32_t l3)
 		v.has_ports = true;
 		v.sport = get16(b + v.l4);
 		v.dport = get16(b + v.l4 + 2);
+		read_option(&v, f);
 	} else if (v.proto == (v.version == 4 ? ICMP : ICMP6) && v.l4 + 8 <= end &&
 		   !v.is_fragment) {
 		const uint8_t kind = b[v.l4];

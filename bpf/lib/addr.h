@@ -31,4 +31,10 @@ static __always_inline bool addr_is_loopback(const struct inet_addr *a)
 	return !(a->word[0] | a->word[1] | a->word[2]) && (bpf_ntohl(a->word[3]) & ~1U) == 0;
 }
 
+/* IPv6's link-local addresses (RFC 4291, 2.5.6). Nothing routes what they send. */
+static __always_inline bool addr_is_link_local6(const struct inet_addr *a)
+{
+	return (bpf_ntohl(a->word[0]) & 0xffc00000) == 0xfe800000;
+}
+
 #endif

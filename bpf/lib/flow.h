@@ -291,14 +291,17 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 static __always_inline bool host_address(struct __sk_buff *skb, const struct packet *p,
 					 const struct backend *backend, struct inet_addr *node)
 {
-	const bool is_loopback = AT_LOOPBACK && addr_is_loopback(&p->flow.src);
+	const struct inet_addr *src = &p->flow.src;
+	/*
+	 * The kernel's helper finds no route from ::1, a link-local or a multicast address, and does
+	 * not tell that from one to this host; so far @node is the unspecified address.
+	 */
+	const struct inet_addr *from = is_martian(src) || addr_is_link_local6(src) ? node : src;
 	struct bpf_fib_lookup fib;
 	enum fib_result way;
 
-	/* There is no route from ::1; so far @node is the unspecified address. */
-	way = fib_result_of(skb, ifindex_of(skb), is_loopback ? node : &p->flow.src, &backend->addr,
-			    0, &fib);
-	if (is_thrown(skb, is_loopback ? node : &p->flow.src, &backend->addr, way, &fib))
+	way = fib_result_of(skb, ifindex_of(skb), from, &backend->addr, 0, &fib);
+	if (is_thrown(skb, from, &backend->addr, way, &fib))
 		way = FIB_OUT;
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL) {
 		*node = backend->addr;

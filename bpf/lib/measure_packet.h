@@ -38,8 +38,9 @@ static __always_inline void measure_size(const struct packet *p, u64 bytes, u64 
 }
 
 /*
- * Measures a packet that has been translated. The verifier forgets the verdict, which it reads back
- * from a map: so it walks through this once, and not once for each verdict.
+ * Measures a packet that has been translated; what is dropped then is no traffic. The verifier
+ * forgets the verdict, which it reads back from a map: so it walks through this once, and not once
+ * for each verdict.
  */
 static __always_inline int measure_translated(struct __sk_buff *skb, const struct packet *p,
 					      int verdict)
@@ -49,7 +50,7 @@ static __always_inline int measure_translated(struct __sk_buff *skb, const struc
 
 	*kept = verdict;
 	measure_packet(p);
-	if (MEASURE_TRAFFIC) {
+	if (MEASURE_TRAFFIC && *kept < DROPPING) {
 		/* clang would else read either length with one instruction. */
 		barrier_var(length);
 		/* A short frame has padding. IP's header of several segments may have no length. */

@@ -9,6 +9,8 @@
 #define EBPFPROXY_PACKET_H
 
 #include "addr.h"
+#include "extensions.h"
+#include "fragments.h"
 #include "headers.h"
 #include "maps.h"
 
@@ -40,7 +42,8 @@ struct packet {
 	__sum16 ipv4_check;
 	u16 ipv4_ttl_proto; /* as they lie there */
 	u8 hops;
-	u8 proto;     /* of the packet itself: flow.proto is that of an ICMP error's inner packet */
+	u8 proto; /* of the packet itself: flow.proto is that of an ICMP error's inner packet */
+	u8 inner_proto;
 	u8 tcp_flags; /* of ICMP its type */
 	bool is_v4;
 	bool is_fragment;
@@ -149,17 +152,8 @@ static __always_inline bool skip_extensions(struct __sk_buff *skb, struct packet
 	for (int i = 0; i < IPV6_EXTENSIONS; i++) {
 		struct ipv6_fragment header;
 
-		switch (p->proto) {
-		case IPPROTO_HOPOPTS:
-		case IPPROTO_ROUTING:
-		case IPPROTO_DSTOPTS:
-		case IPPROTO_AH:
-		case IPPROTO_FRAGMENT:
-			break;
-		default:
+		if (!is_extension(p->proto))
 			return true;
-		}
-		/* The shortest extension header has 8 bytes, as a fragment header has. */
 		if (bpf_skb_load_bytes(skb, p->l4, &header, sizeof(header)))
 			return false;
 		if (p->proto == IPPROTO_FRAGMENT) {
@@ -167,12 +161,8 @@ static __always_inline bool skip_extensions(struct __sk_buff *skb, struct packet
 			p->fragment_id = header.id;
 			p->is_fragment = header.offset & (IPV6_OFFSET | IPV6_MORE_FRAGMENTS);
 			p->is_later_fragment = header.offset & IPV6_OFFSET;
-			p->l4 += sizeof(header);
-		} else if (p->proto == IPPROTO_AH) {
-			p->l4 += (header.reserved + 2) * 4;
-		} else {
-			p->l4 += (header.reserved + 1) * 8;
 		}
+		p->l4 += extension_size(p->proto, &header);
 		p->proto = header.next;
 		if (p->is_later_fragment)
 			return true;
@@ -180,10 +170,25 @@ static __always_inline bool skip_extensions(struct __sk_buff *skb, struct packet
 	return false;
 }
 
-static __always_inline bool has_ports(u8 proto)
+/*
+ * Does the same with the packet that an ICMP error is about. Returns false also for a later
+ * fragment, which has no ports.
+ */
+static __always_inline bool skip_inner_extensions(struct __sk_buff *skb, struct packet *p)
 {
-	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP ||
-	       proto == IPPROTO_UDPLITE;
+#pragma clang loop unroll(full)
+	for (int i = 0; i < IPV6_EXTENSIONS; i++) {
+		struct ipv6_fragment header;
+
+		if (!is_extension(p->inner_proto))
+			return true;
+		if (bpf_skb_load_bytes(skb, p->inner_l4, &header, sizeof(header)) ||
+		    (p->inner_proto == IPPROTO_FRAGMENT && header.offset & IPV6_OFFSET))
+			return false;
+		p->inner_l4 += extension_size(p->inner_proto, &header);
+		p->inner_proto = header.next;
+	}
+	return false;
 }
 
 /*
@@ -199,7 +204,6 @@ static __always_inline enum parse_result read_icmp(struct __sk_buff *skb, struct
 	} inner;
 	struct inet_addr src, dst;
 	struct icmp_header icmp;
-	u8 proto;
 
 	if (p->is_fragment)
 		return PARSE_OTHER;
@@ -218,7 +222,7 @@ static __always_inline enum parse_result read_icmp(struct __sk_buff *skb, struct
 		if (ip.version_ihl < 0x45 || ip.version_ihl > 0x4f || (ip.fragment & IPV4_OFFSET))
 			return PARSE_OTHER;
 		p->inner_l4 = p->inner_l3 + (ip.version_ihl & 0xf) * 4;
-		proto = ip.proto;
+		p->inner_proto = ip.proto;
 		src = addr_of_v4(ip.src);
 		dst = addr_of_v4(ip.dst);
 	} else {
@@ -231,17 +235,19 @@ static __always_inline enum parse_result read_icmp(struct __sk_buff *skb, struct
 		if ((bpf_ntohl(ip.version_class_label) >> 28) != 6)
 			return PARSE_OTHER;
 		p->inner_l4 = p->inner_l3 + sizeof(ip);
-		proto = ip.next;
+		p->inner_proto = ip.next;
 		src = ip.src;
 		dst = ip.dst;
+		if (!skip_inner_extensions(skb, p))
+			return PARSE_OTHER;
 	}
-	if (!has_ports(proto))
+	if (!has_ports(p->inner_proto))
 		return PARSE_OTHER;
 	if (p->inner_l4 + sizeof(inner) > p->end ||
 	    bpf_skb_load_bytes(skb, p->inner_l4, &inner, sizeof(inner)))
 		return PARSE_TRUNCATED;
 	/* Until here the flow is that of the error itself, which others decide about. */
-	p->flow.proto = proto;
+	p->flow.proto = p->inner_proto;
 	p->flow.src = dst;
 	p->flow.dst = src;
 	p->flow.sport = inner.dport;
@@ -260,15 +266,25 @@ static __always_inline struct fragment_key fragment_key(const struct packet *p)
 	};
 }
 
-/*
- * Returns the next fragment id. The node has one counter: no id returns within the time of a
- * reassembly.
- */
-static __always_inline __be32 next_fragment_id(bool is_v4)
+/* Says if only the first fragment knows the transport protocol: see find_fragment(). */
+static __always_inline bool may_begin_with_extension(const struct packet *p)
 {
-	u64 *count = map_value(fragment_ids), id = __sync_fetch_and_add(count, 1);
+	return !p->is_v4 && p->is_later_fragment && is_extension(p->proto);
+}
 
-	return is_v4 ? bpf_htons((u16)id) : bpf_htonl((u32)id);
+/* Completes the flow of a later fragment with what the first one has, its protocol too. */
+static __always_inline enum parse_result read_later_fragment(struct packet *p)
+{
+	struct fragment_key key = fragment_key(p);
+	struct fragment *known = find_fragment(&key, p->is_v4);
+
+	if (!known)
+		return PARSE_FIRST_FRAG_UNSEEN;
+	p->proto = p->flow.proto = key.proto;
+	p->flow.sport = known->ports.sport;
+	p->flow.dport = known->ports.dport;
+	p->new_fragment_id = known->new_id;
+	return PARSE_LATER_FRAG;
 }
 
 /* Records a segment's numbers. */
@@ -362,19 +378,10 @@ static __always_inline enum parse_result read_ports(struct __sk_buff *skb, struc
 		return PARSE_TRUNCATED;
 	if (is_icmp(p))
 		return read_icmp(skb, p);
-	if (!has_ports(p->proto))
+	if (!has_ports(p->proto) && !may_begin_with_extension(p))
 		return PARSE_OTHER;
-	if (p->is_later_fragment) {
-		struct fragment_key key = fragment_key(p);
-		struct fragment *known = map_lookup(fragments, &key);
-
-		if (!known)
-			return PARSE_FIRST_FRAG_UNSEEN;
-		p->flow.sport = known->ports.sport;
-		p->flow.dport = known->ports.dport;
-		p->new_fragment_id = known->new_id;
-		return PARSE_LATER_FRAG;
-	}
+	if (p->is_later_fragment)
+		return read_later_fragment(p);
 	if (!read_transport(skb, p, &ports))
 		return PARSE_TRUNCATED;
 	p->flow.sport = ports.sport;

@@ -12,8 +12,8 @@
 #include "rewrite.h"
 
 #define REJECT_HOPS 64
-/* At most this much of the rejected packet is quoted. */
-#define QUOTED 128
+/* A checksum that is left to the device begins within so many bytes. */
+#define FORGOTTEN 256
 
 static __always_inline int swap_link_addresses(struct __sk_buff *skb)
 {
@@ -77,72 +77,105 @@ static __always_inline int write_ip_header(struct __sk_buff *skb, const struct p
 	}
 }
 
-static __always_inline int make_reset(struct __sk_buff *skb, const struct packet *p)
-{
-	struct tcp_header tcp, rst = { .offset = 5 << 4, .flags = TCP_RST };
-
-	if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)) || (tcp.flags & TCP_RST))
-		return -1;
-	rst.sport = tcp.dport;
-	rst.dport = tcp.sport;
-	if (tcp.flags & TCP_ACK) {
-		rst.seq = tcp.ack;
-	} else {
-		rst.ack = bpf_htonl(p->seq_end);
-		rst.flags |= TCP_ACK;
-	}
-	rst.check = csum_fold((u32)bpf_csum_diff(NULL, 0, &rst, sizeof(rst),
-						 pseudo_header(p, IPPROTO_TCP, sizeof(rst))));
-	if (bpf_skb_change_tail(skb, p->l4 + sizeof(rst), 0) ||
-	    bpf_skb_store_bytes(skb, p->l4, &rst, sizeof(rst), 0))
-		return -1;
-	return write_ip_header(skb, p, IPPROTO_TCP, sizeof(rst));
-}
-
 /* Where a packet's header ends that has no options. */
 static __always_inline u32 plain_l4(const struct packet *p)
 {
 	return L3_OFFSET + (p->is_v4 ? sizeof(struct ipv4_header) : sizeof(struct ipv6_header));
 }
 
-/* Makes an ICMP error of the packet: that it is too big for @mtu, or for 0 that nobody takes it. */
-static __always_inline int make_error(struct __sk_buff *skb, const struct packet *p, u32 mtu)
+/*
+ * Makes a packet @size bytes long, which is then written anew from the IP header on. Where its
+ * checksum is left to the device (CHECKSUM_PARTIAL), the kernel keeps in mind what has to be summed
+ * up, whatever is written there: it forgets that where a packet loses the bytes at which the sum
+ * begins. So they are taken away, and as many are added again.
+ */
+static __always_inline int make_blank(struct __sk_buff *skb, u32 l4, u32 size)
 {
-	struct icmp_header icmp = { .rest = bpf_htonl(mtu) };
-	const u32 l4 = plain_l4(p);
-	struct scratch *s = scratch();
-	u64 quoted = p->l3_length;
-	u32 sum;
-	u8 proto;
+	return bpf_skb_change_tail(skb, l4 + FORGOTTEN, 0) ||
+	       bpf_skb_adjust_room(skb, -FORGOTTEN, BPF_ADJ_ROOM_MAC, 0) ||
+	       bpf_skb_adjust_room(skb, FORGOTTEN, BPF_ADJ_ROOM_MAC, 0) ||
+	       bpf_skb_change_tail(skb, size, 0);
+}
 
-	if (!s)
+/* Leaves the reset in the reply. */
+static __always_inline int make_reset(struct __sk_buff *skb, const struct packet *p,
+				      struct reply *reply)
+{
+	struct tcp_header tcp, *rst = (struct tcp_header *)reply->bytes;
+
+	if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)) || (tcp.flags & TCP_RST))
 		return -1;
-	__builtin_memset(s->bytes, 0, QUOTED);
+	rst->offset = sizeof(*rst) / 4 << 4;
+	rst->flags = TCP_RST;
+	rst->sport = tcp.dport;
+	rst->dport = tcp.sport;
+	if (tcp.flags & TCP_ACK) {
+		rst->seq = tcp.ack;
+	} else {
+		rst->ack = bpf_htonl(p->seq_end);
+		rst->flags |= TCP_ACK;
+	}
+	reply->proto = IPPROTO_TCP;
+	reply->check_at = TCP_CHECK;
+	reply->size = sizeof(*rst);
+	return 0;
+}
+
+/* Leaves an ICMP error: that the packet is too big for @mtu, or for 0 that nobody takes it. */
+static __always_inline int make_error(struct __sk_buff *skb, const struct packet *p, u32 mtu,
+				      struct reply *reply)
+{
+	struct icmp_header *icmp = (struct icmp_header *)reply->bytes;
+	u64 quoted = p->l3_length;
+
 	if (quoted < sizeof(struct ipv4_header) + 8)
 		return -1;
 	/* Two comparisons in one would hide the bounds from the verifier. */
 	barrier_var(quoted);
 	if (quoted > QUOTED)
 		quoted = QUOTED;
-	if (bpf_skb_load_bytes(skb, L3_OFFSET, s->bytes, quoted))
+	if (bpf_skb_load_bytes(skb, L3_OFFSET, reply->bytes + sizeof(*icmp), quoted))
 		return -1;
-	sum = bpf_csum_diff(NULL, 0, s->bytes, QUOTED, 0);
+	icmp->rest = bpf_htonl(mtu);
 	if (p->is_v4) {
-		proto = IPPROTO_ICMP;
-		icmp.type = ICMP_UNREACHABLE;
-		icmp.code = mtu ? ICMP_FRAG_NEEDED : ICMP_PORT_UNREACHABLE;
+		reply->proto = IPPROTO_ICMP;
+		icmp->type = ICMP_UNREACHABLE;
+		icmp->code = mtu ? ICMP_FRAG_NEEDED : ICMP_PORT_UNREACHABLE;
 	} else {
-		proto = IPPROTO_ICMPV6;
-		icmp.type = mtu ? ICMPV6_TOO_BIG : ICMPV6_UNREACHABLE;
-		icmp.code = mtu ? 0 : ICMPV6_PORT_UNREACHABLE;
-		sum = csum_fold((u64)sum + pseudo_header(p, proto, sizeof(icmp) + quoted)) ^ 0xffff;
+		reply->proto = IPPROTO_ICMPV6;
+		icmp->type = mtu ? ICMPV6_TOO_BIG : ICMPV6_UNREACHABLE;
+		icmp->code = mtu ? 0 : ICMPV6_PORT_UNREACHABLE;
 	}
-	icmp.check = csum_fold((u32)bpf_csum_diff(NULL, 0, &icmp, sizeof(icmp), sum));
-	if (bpf_skb_change_tail(skb, L3_OFFSET + quoted, 0) ||
-	    bpf_skb_adjust_room(skb, (l4 - L3_OFFSET) + sizeof(icmp), BPF_ADJ_ROOM_MAC, 0) ||
-	    bpf_skb_store_bytes(skb, l4, &icmp, sizeof(icmp), 0))
+	reply->check_at = ICMP_CHECK;
+	reply->size = sizeof(*icmp) + quoted;
+	return 0;
+}
+
+/* Makes the reply of the packet. */
+static __always_inline int write_reply(struct __sk_buff *skb, const struct packet *p,
+				       struct reply *reply)
+{
+	const u32 l4 = plain_l4(p);
+	u64 size = reply->size, check_at = reply->check_at;
+	const u8 proto = reply->proto;
+	u32 sum;
+
+	/* Two comparisons in one would hide the bounds from the verifier. */
+	barrier_var(size);
+	if (size < sizeof(struct icmp_header))
 		return -1;
-	return write_ip_header(skb, p, proto, sizeof(icmp) + quoted);
+	barrier_var(size);
+	if (size > sizeof(reply->bytes))
+		return -1;
+	barrier_var(check_at);
+	if (check_at > TCP_CHECK)
+		return -1;
+	sum = proto == IPPROTO_ICMP ? 0 : pseudo_header(p, proto, size);
+	sum = bpf_csum_diff(NULL, 0, reply->bytes, sizeof(reply->bytes), sum);
+	*(__sum16 *)(reply->bytes + check_at) = csum_fold(sum);
+	if (make_blank(skb, l4, l4 + size) || bpf_skb_store_bytes(skb, l4, reply->bytes, size, 0))
+		return -1;
+	return write_ip_header(skb, p, proto, size);
 }
 
 /* Says if a packet can be rejected, for another reason than that it is too big. */
@@ -164,13 +197,20 @@ static __always_inline bool exceeds_icmp_limit(const struct packet *p)
 static __always_inline int reject(struct __sk_buff *skb, const struct packet *p, enum event event,
 				  u32 mtu)
 {
+	struct reply *reply = &scratch_of(p)->reply;
 	u32 ifindex = ifindex_of(skb);
 
 	if (!mtu)
 		count(event);
 	if (mtu ? p->is_later_fragment : !is_rejectable(p))
 		return DROP;
-	if (!mtu && p->proto == IPPROTO_TCP ? make_reset(skb, p) : make_error(skb, p, mtu))
+	__builtin_memset(reply->bytes, 0, sizeof(reply->bytes));
+	if (!mtu && p->proto == IPPROTO_TCP ? make_reset(skb, p, reply)
+					    : make_error(skb, p, mtu, reply))
+		return DROP;
+	/* The verifier forgets which of both it is. */
+	asm volatile("" ::: "memory");
+	if (write_reply(skb, p, reply))
 		return DROP;
 	/* Packets that leave by the loopback device come back by themselves. */
 	if (AT_LOOPBACK)

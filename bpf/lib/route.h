@@ -47,6 +47,18 @@ static __always_inline int send_to_self(struct __sk_buff *skb)
 }
 
 #if L3_OFFSET == ETH_HLEN
+/*
+ * Says if the device in @fib has link addresses. A tunnel to any host (IPIP, GRE) has a neighbour
+ * without one for each next hop, and takes that from the packet's route: redirect_neigh() has to
+ * attach it.
+ */
+static __always_inline bool has_link_addresses(const struct bpf_fib_lookup *fib)
+{
+	const u8 *mac = fib->dmac;
+
+	return mac[0] | mac[1] | mac[2] | mac[3] | mac[4] | mac[5];
+}
+
 /* Sends a packet to the next hop in @fib, whose link address is known. */
 static __always_inline int send_to_neighbour(struct __sk_buff *skb,
 					     const struct bpf_fib_lookup *fib)
@@ -98,7 +110,7 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 	if (!leads_out(way) || !fib.ifindex)
 		return drop(EVENT_UNROUTABLE);
 #if L3_OFFSET == ETH_HLEN
-	if (way == FIB_NEIGHBOUR)
+	if (way == FIB_NEIGHBOUR && has_link_addresses(&fib))
 		return send_to_neighbour(skb, &fib);
 #endif
 	if (!add_link_header(skb))
@@ -125,6 +137,9 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 	struct bpf_fib_lookup fib;
 	enum fib_result way;
 
+	/* It is an address of the device where the packet has come in. */
+	if (addr_is_link_local6(&nat->dst))
+		return PASS;
 	way = fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib);
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
 		return send_to_self(skb);
@@ -154,7 +169,7 @@ static __always_inline int deliver_error(struct __sk_buff *skb, const struct nat
 #else
 	struct bpf_fib_lookup fib;
 
-	if (NODEPORTS_ON_LOOPBACK &&
+	if (NODEPORTS_ON_LOOPBACK && !addr_is_link_local6(&nat->dst) &&
 	    fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib) == FIB_LOCAL)
 		return send_to_self(skb);
 	return PASS;

@@ -14,6 +14,17 @@
 #include "options.h"
 #include "packet.h"
 
+/* At most this much of a rejected packet is quoted. */
+#define QUOTED 128
+
+/* This follows the IP header of the reply to a rejected packet: see reject.h. */
+struct reply {
+	u8 bytes[sizeof(struct icmp_header) + QUOTED]; /* zeros behind @size */
+	u32 size;
+	u32 check_at;
+	u32 proto;
+};
+
 struct scratch {
 	struct packet packet;
 	struct flow key;
@@ -66,7 +77,7 @@ struct scratch {
 				} unconfirmed; /* see early_drop.h */
 			};
 		};
-		u8 bytes[192]; /* what is quoted of a rejected packet */
+		struct reply reply;
 	};
 };
 

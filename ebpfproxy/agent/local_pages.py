@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ebpfproxy.agent.local_socket import OTHER_VERSION, SECONDS, NoAgentError, ask
+from ebpfproxy.agent.local_socket import OTHER_VERSION, SECONDS, NoAgentError, Reply, ask
 from ebpfproxy.health.http import Answer, Respond, json_answer, text_answer
 from ebpfproxy.kube.objects import ObjectKey
 from ebpfproxy.services.model import format_address
@@ -72,10 +72,15 @@ def pages(
 def ask_reasons(bpf_root: Path, namespace: str, name: str, seconds: float = SECONDS) -> ServiceReasons | None:
     """Asks the agent about a Service; None where it knows none of this name. Raises NoAgentError."""
     reply = ask(bpf_root, f"{_SERVICES}/{namespace}/{name}", seconds)
+    return decode_reasons(reply)
+
+
+def decode_reasons(reply: Reply) -> ServiceReasons | None:
+    """Raises NoAgentError."""
     if reply.status == 200:
         try:
             return _REASONS.decode(reply.body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise NoAgentError(OTHER_VERSION) from error
     if reply.status != 404:
         raise NoAgentError(reply.body.decode(errors="replace"))

@@ -170,7 +170,7 @@ def _decode(stored: bytes | None, programmed: bytes | None) -> AgentState | None
         return None
     try:
         found = _RECORD.decode(stored.rstrip(b"\0"))
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     when, seconds = PROGRAMMED.unpack(programmed) if programmed is not None else (0.0, 0.0)
     if when <= max(found.started, found.last_programmed or 0.0):

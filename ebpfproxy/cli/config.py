@@ -97,5 +97,5 @@ def _ask(address: str) -> dict[str, Any]:
         raise click.ClickException(f"{url}: HTTP {response.status}")
     try:
         return msgspec.json.decode(response.data, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise click.ClickException(f"{url}: not an agent's answer: {error}") from error

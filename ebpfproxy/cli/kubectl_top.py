@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 _TOP = msgspec.json.Decoder(Top)
 
 
+def decode_top(line: bytes) -> Top:
+    """A refresh that a node's command has printed. Raises Failure."""
+    try:
+        return _TOP.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Failure("exec", f"this is no line of this version's top: {error}") from error
+
+
 def is_wanted(params: Mapping[str, Any]) -> bool:
     """True if the command line asks for a screen."""
     return not params["once"] and params["output"] == "table" and is_live()
@@ -101,8 +109,4 @@ class _TopStream(kubectl_streams.Stream):
             return
         *lines, self._partial = (self._partial + data).split(b"\n")
         for line in lines:
-            try:
-                self._nodes.add(self.node, _TOP.decode(line))
-            except msgspec.DecodeError as error:
-                text = f"this is no line of this version's top: {error}"
-                raise Failure("exec", text) from error
+            self._nodes.add(self.node, decode_top(line))

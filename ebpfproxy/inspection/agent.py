@@ -31,12 +31,18 @@ def ask_agent(bpf_root: Path, page: str, seconds: float) -> tuple[Report | None,
             time.sleep(_AGAIN_SECONDS)
             continue
         if reply.status == 200:
-            try:
-                return _REPORT.decode(reply.body), ""
-            except msgspec.DecodeError:
-                return None, OTHER_VERSION
+            report = decode_report(reply.body)
+            return report, "" if report is not None else OTHER_VERSION
         return None, reply.body.decode(errors="replace")
     return None, silence if is_locked(bpf_root) else ""
+
+
+def decode_report(body: bytes) -> Report | None:
+    """None for that of another version."""
+    try:
+        return _REPORT.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def reasons_soon(bpf_root: Path, port: ServicePortKey) -> ServiceReasons | None:

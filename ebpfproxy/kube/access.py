@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
-from ebpfproxy.kube.errors import ConfigError, without_credentials
+from ebpfproxy.kube.errors import ConfigError
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TOKEN_FILE, CA_FILE = _ACCOUNT / "token", _ACCOUNT / "ca.crt"
@@ -39,12 +39,31 @@ class Access(NamedTuple):
         return self.tls is not None and self.tls.verify_mode is ssl.CERT_NONE
 
 
-def check_url(url: str, field: str, schemes: tuple[str, ...] = ("http", "https")) -> None:
+def check_server(url: str, field: str) -> None:
     """Raises ConfigError."""
+    _check_scheme(url, field, ("http", "https"))
+    if "@" in url:
+        # It is in the log and in the state that anybody may read.
+        raise ConfigError(
+            f"{field}: {without_user(url)!r} has a user: credentials are those of a kubeconfig's user"
+        )
+
+
+def check_proxy(url: str, field: str) -> None:
+    """Raises ConfigError."""
+    _check_scheme(url, field, ("http", "https", "socks5", "socks5h"))
+
+
+def _check_scheme(url: str, field: str, schemes: tuple[str, ...]) -> None:
     if url.partition("://")[0] not in schemes or "://" not in url:
-        # Without a scheme the credentials are at the beginning.
-        shown = without_credentials(url if "://" in url else f"://{url}").removeprefix("://")
-        raise ConfigError(f"{field}: {shown!r} does not begin with {' or '.join(f'{s}://' for s in schemes)}")
+        begins = " or ".join(f"{scheme}://" for scheme in schemes)
+        raise ConfigError(f"{field}: {without_user(url)!r} does not begin with {begins}")
+
+
+def without_user(url: str) -> str:
+    """A URL as others may see it: a proxy's may have a user with a password."""
+    scheme, has_scheme, rest = url.partition("://") if "://" in url else ("", "", url)
+    return f"{scheme}{has_scheme}{rest.rpartition('@')[2]}"
 
 
 def bearer(token: str, source: str = "the token") -> str:
@@ -118,12 +137,22 @@ def pool(access: Access, **options: object) -> urllib3.PoolManager:
 
             return SOCKSProxyManager(proxy, **given)  # type: ignore[arg-type]
         # The cluster's authority vouches for a proxy with HTTPS, too, as it does for kubectl.
-        return urllib3.ProxyManager(proxy, proxy_ssl_context=access.tls, **given)  # type: ignore[arg-type]
+        given |= {"proxy_ssl_context": access.tls, "proxy_headers": _proxy_headers(proxy)}
+        return urllib3.ProxyManager(proxy, **given)  # type: ignore[arg-type]
     except urllib3.exceptions.LocationParseError as error:
-        # Its message may have a part of a password.
-        raise ConfigError(f"proxy {without_credentials(proxy)}: not a valid URL") from error
+        # Where the URL is wrong, a part of the password may be taken for the host.
+        why = "this is no URL" if "@" in proxy else str(error)
+        raise ConfigError(f"proxy {without_user(proxy)}: {why}") from None
     except (urllib3.exceptions.HTTPError, ValueError, ImportError) as error:
-        raise ConfigError(without_credentials(f"proxy {proxy}: {error}")) from error
+        raise ConfigError(f"proxy {without_user(proxy)}: {error}") from error
+
+
+def _proxy_headers(proxy: str) -> dict[str, str]:
+    """The credentials of a proxy's URL (RFC 7617), as kubectl sends them. Raises HTTPError."""
+    user = urllib3.util.parse_url(proxy).auth
+    if user is None:
+        return {}
+    return dict(urllib3.make_headers(proxy_basic_auth=unquote(user)))
 
 
 def proxy_of(access: Access) -> str | None:

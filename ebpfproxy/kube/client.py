@@ -16,10 +16,10 @@ import urllib3
 
 import ebpfproxy
 from ebpfproxy.kube import access, control_plane, failures, kubeconfig
-from ebpfproxy.kube.access import Access, check_url
+from ebpfproxy.kube.access import Access, check_server
 from ebpfproxy.kube.backoff import Backoff
 from ebpfproxy.kube.decode import decode_status
-from ebpfproxy.kube.errors import ConfigError, without_credentials
+from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.kube.failures import Failure
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.logs import get_logger
@@ -107,7 +107,7 @@ class ApiConnection:
         if kubeconfigs is None and master is None:
             return cls.in_pod(limit=limit)
         if master is not None:
-            check_url(master, "--master")
+            check_server(master, "--master")
         paths = [kubeconfigs] if isinstance(kubeconfigs, Path) else list(kubeconfigs or ())
 
         def configure() -> Access:
@@ -123,7 +123,7 @@ class ApiConnection:
         """The pod's service account; ``master`` replaces the server's address. Raises ConfigError."""
         if master is None:
             return cls(_InCluster(), limit, has_choice=True)
-        check_url(master, "--master")
+        check_server(master, "--master")
         return cls(lambda: access.in_cluster()._replace(server=master.rstrip("/")), limit)
 
     @property
@@ -133,8 +133,8 @@ class ApiConnection:
 
     @property
     def host(self) -> str:
-        """Where requests go, for logs and errors: ``https://10.0.0.1:6443``."""
-        return without_credentials(self._session.access.server)
+        """Where requests go: ``https://10.0.0.1:6443``."""
+        return self._session.access.server
 
     @property
     def kubeconfig_server(self) -> str:
@@ -150,7 +150,7 @@ class ApiConnection:
                 self._unverified = found.server
                 log.warning(
                     "the API server's certificate is not verified (insecure-skip-tls-verify)",
-                    server=without_credentials(found.server),
+                    server=found.server,
                 )
         # A connection for each watch, and one to list meanwhile.
         return _Session(found, access.pool(found, socket_options=list(KEEPALIVE), maxsize=8))

@@ -18,7 +18,7 @@ import msgspec
 import yaml
 
 from ebpfproxy import yaml_text
-from ebpfproxy.kube.access import Access, bearer, check_url, token_file, unverified, verifying
+from ebpfproxy.kube.access import Access, bearer, check_proxy, check_server, token_file, unverified, verifying
 from ebpfproxy.kube.decode import explain, from_plain
 from ebpfproxy.kube.errors import ConfigError
 
@@ -118,13 +118,12 @@ class _Found(NamedTuple, Generic[T]):
 def load(paths: Sequence[Path], context: str | None = None, master: str | None = None) -> Access:
     """Uses ``context`` instead of the current one, ``master`` instead of its server. Raises ConfigError."""
     context, cluster, user = _select(paths, context)
-    check_url(cluster.value.server, f"{cluster.field}.server")
+    check_server(cluster.value.server, f"{cluster.field}.server")
     own = cluster.value.server.rstrip("/")
     if master is not None:
         cluster = cluster._replace(value=msgspec.structs.replace(cluster.value, server=master))
     if cluster.value.proxy_url:
-        schemes = ("http", "https", "socks5", "socks5h")
-        check_url(cluster.value.proxy_url, f"{cluster.field}.proxy-url", schemes)
+        check_proxy(cluster.value.proxy_url, f"{cluster.field}.proxy-url")
     tls = _tls(cluster)
     authorization: Callable[[], str] = str
     if user is not None:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ebpfproxy.config.datapath import Capacity
@@ -17,6 +18,7 @@ from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import pin_folder
+from tests.datapath.writing import SMALL
 
 pytestmark = pytest.mark.root
 
@@ -61,20 +63,17 @@ def test_commands_report_another_version(pins: Path, other: MapSet) -> None:
     assert str(other.folder) in str(output.value)
 
 
-#: Fewer of everything than by default.
-_SMALL = Capacity(1024, 1024, 1024, 1024, 1024, 1024, 1024, 1024)
-
-
-def test_commands_read_maps_of_all_sizes(pins: Path) -> None:
-    """Those that an agent with fewer entries of everything has made are of this version, too."""
-    made = maps.open_or_create(pin_folder(pins), _SMALL)
+@pytest.mark.parametrize("field", Capacity.__struct_fields__)
+@pytest.mark.parametrize("size", [1024, 1 << 20])
+def test_maps_of_other_sizes_are_of_this_version(pins: Path, field: str, size: int) -> None:
+    """Whatever is configured, commands read all maps, with the sizes that they have."""
+    made = maps.open_or_create(pin_folder(pins), msgspec.structs.replace(SMALL, **{field: size}))
     read = dump.open_maps(pins)
-    assert read.maps.keys() == made.maps.keys()
-    assert {name: each.spec.value_size for name, each in read.maps.items()} == {
-        name: each.spec.value_size for name, each in made.maps.items()
+    assert {name: each.spec for name, each in read.maps.items()} == {
+        name: each.spec for name, each in made.maps.items()
     }
-    read.close()
-    made.close()
+    for each in (made, read):
+        each.close()
 
 
 def opened() -> int:

@@ -9,7 +9,7 @@ any other function, an undefined value or a piece of syntax that is not listed h
   the top
 - pipelines of ``toYaml``, ``nindent N``, ``quote``, ``default X``, ``not``, ``index M K``, ``include N .``,
   ``regexFind R``, ``trimPrefix P``, ``trimAll C``; the first may have its arguments beside it
-- ``define`` at the top of ``_helpers.tpl``, for ``include``
+- ``define`` at the top of ``deploy/chart/templates/_helpers.tpl``, for ``include``
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _operand(word: str, dot: Any, top: Mapping[str, Any]) -> Any:
 
 @cache
 def _defined() -> Mapping[str, list[Any]]:
-    """Returns the templates of ``_helpers.tpl`` by name."""
+    """Returns the templates of ``deploy/chart/templates/_helpers.tpl`` by name."""
     nodes, _ = _parse(_split((CHART / "templates" / _HELPERS).read_text()), 0)
     return {_operand(each.pipeline, None, {}): each.body for each in nodes if isinstance(each, _Block)}
 

@@ -252,7 +252,10 @@ def test_bpffs_is_not_mounted_without(kubelet: Kubelet, host: Host, missing: str
     container = kubelet.container(
         "prepare", volumes=on(host), capabilities=held, seccomp=False, manifests=False
     )
-    assert host.run_container(container).returncode
+    done = host.run_container(container)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: [Errno "), done.stderr
+    assert done.stderr.count("\n") == 1
     assert not host.has_bpffs
 
 
@@ -271,12 +274,22 @@ users:
   user:
     client-certificate-data: U0VDUkVU
     client-key-data: U0VDUkVU
+    token: U0VDUkVU
+    exec:
+      apiVersion: client.authentication.k8s.io/v1
+      command: plugin
+      args: ["--key", U0VDUkVU]
+      env: [{name: KEY, value: U0VDUkVU}]
 """
 
 
-def test_address_of_the_control_plane_is_copied_without_credentials(kubelet: Kubelet, host: Host) -> None:
-    """kubeadm writes each key on its own line."""
-    written = yaml.safe_dump(yaml.safe_load(KUBELET_CONF))
+@pytest.mark.parametrize("flow", [False, True], ids=["lines", "one line"])
+def test_address_of_the_control_plane_is_copied_without_credentials(
+    kubelet: Kubelet, host: Host, *, flow: bool
+) -> None:
+    """kubeadm writes each key on its own line; others may write the same document in one."""
+    written = yaml.safe_dump(yaml.safe_load(KUBELET_CONF), default_flow_style=flow, width=10_000)
+    assert (written.count("\n") == 1) is flow
     (host.kubernetes / "kubelet.conf").write_text(written)
     container = kubelet.container("prepare", volumes=on(host), manifests=False)
     done = host.run_container(container)
@@ -287,3 +300,13 @@ def test_address_of_the_control_plane_is_copied_without_credentials(kubelet: Kub
     assert place == "/tmp/kubelet.conf"
     assert server_of(passed) == "https://cp.example:6443"
     assert "U0VDUkVU" not in passed.read_text()
+
+
+def test_kubeconfig_that_cannot_be_read_keeps_nobody_from_the_bpffs(kubelet: Kubelet, host: Host) -> None:
+    """The agent then looks for the control plane elsewhere."""
+    (host.kubernetes / "kubelet.conf").write_text("clusters: [U0VDUkVU\n")
+    container = kubelet.container("prepare", volumes=on(host), manifests=False)
+    done = host.run_container(container)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert host.has_bpffs
+    assert not (container.volume("tmp") / "kubelet.conf").exists()

@@ -20,6 +20,7 @@ from ebpfproxy.datapath.programs.detach import remove_everything
 from tests.deploy import image, objects
 from tests.deploy.kubelet import Kubelet
 from tests.deploy.test_container import Host, on
+from tests.deploy.test_no_shell import SHELLS
 from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
 from tests.lab.waiting import until
@@ -167,8 +168,20 @@ def test_only_target_full_has_opentelemetry(built: image.Image, target: str) -> 
     assert any(packages.glob("opentelemetry/sdk/*/__pycache__/*.pyc")) is (target == "full")
 
 
-def test_image_has_the_programs_of_the_first_init_container(built: image.Image) -> None:
-    image.run(built.root, ["sh", "-c", "command -v grep && command -v nsenter"])
+def test_target_no_shell_has_no_shell_and_executes_no_script_of_one(stages: dict[str, image.Image]) -> None:
+    """What it executes beside Python, for a migration, are binaries."""
+    root = stages["no-shell"].root
+    there = {path.name for folder in ("bin", "sbin", "usr/local/bin") for path in (root / folder).iterdir()}
+    assert not there & (SHELLS - {"env"})
+    called = [
+        f"{family}-{backend}-{program}"
+        for family in ("iptables", "ip6tables")
+        for backend in ("legacy", "nft")
+        for program in ("save", "restore")
+    ]
+    begins = "import shutil, sys; print(*(open(shutil.which(name), 'rb').read(4) for name in sys.argv[1:]))"
+    words = image.run(root, ["python3", "-c", begins, "nft", *called]).stdout.split()
+    assert words == [r"b'\x7fELF'"] * (1 + len(called))
 
 
 @pytest.mark.parametrize("mounted", [True, False], ids=["with a bpffs", "where none is mounted"])
@@ -198,6 +211,7 @@ def test_image_loads_programs(
         place.rmdir()
 
 
+@pytest.mark.parametrize("target", [*MOST_MEGABYTES, "no-shell"])
 def test_containers_of_the_daemon_set_run_from_the_image(
     built: image.Image, target: str, tmp_path: Path
 ) -> None:
@@ -225,7 +239,7 @@ def test_containers_of_the_daemon_set_run_from_the_image(
             assert found["agent_running"]
             missing = "otlpEndpoint needs OpenTelemetry, which the image's target full has"
             assert found["agent"]["telemetry"]["endpoint"] == collector.url
-            assert found["agent"]["telemetry"]["error"].startswith(missing) is (target == "slim")
+            assert found["agent"]["telemetry"]["error"].startswith(missing) is (target != "full")
         assert bool(collector.asked) is (target == "full")
         collector.close()
         cluster.a.cli("cleanup")
@@ -235,6 +249,7 @@ def _listener() -> tuple[socket.socket, None]:
     return socket.create_server(("127.0.0.1", 0)), None
 
 
+@pytest.mark.parametrize("target", [*MOST_MEGABYTES, "no-shell"])
 def test_pods_of_a_migration_run_from_the_image(built: image.Image) -> None:
     """They read and remove rules that this machine's tools have added, as on a node."""
     with Lab() as lab:

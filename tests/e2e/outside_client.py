@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
+import fcntl
 import json
+import socket
+import struct
+from pathlib import Path
 from typing import Any
 
 from tests.e2e.two_node_cluster import BALANCER, EXTERNAL, SERVICE_IPS, TwoNodeCluster
@@ -91,3 +98,34 @@ def ask_by_socat(space: Space, address: str) -> dict[str, Any]:
     )
     text = process.communicate()[0]
     return json.loads(text) if text else {}
+
+
+def offload_checksums(is_on: bool) -> None:
+    """Sets whether the devices of this namespace compute checksums of sent packets, as ``ethtool -K DEVICE tx``."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            value = ctypes.create_string_buffer(struct.pack("=II", 0x17, is_on))  # ETHTOOL_STXCSUM
+            with contextlib.suppress(OSError):  # the loopback
+                fcntl.ioctl(sock, 0x8946, struct.pack("16sQ16x", name.encode(), ctypes.addressof(value)))
+
+
+def wrong_checksums() -> int:
+    """Returns how many TCP segments and datagrams this namespace has dropped for their checksum."""
+    lines = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines()]
+    heads, values = ({line[0]: line[1:] for line in lines[at::2]} for at in (0, 1))
+    return sum(
+        int(values[kind][heads[kind].index("InCsumErrors")]) for kind in ("Tcp:", "Udp:") if kind in heads
+    )
+
+
+def refused_datagram(host: str, port: int) -> str:
+    """Sends a datagram; returns the error by which it comes back, or ``received``."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(2)
+        sock.connect((host, port))
+        sock.send(b"?")
+        try:
+            sock.recv(100)
+        except OSError as error:
+            return errno.errorcode.get(error.errno or 0, str(error))
+    return "received"

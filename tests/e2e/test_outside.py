@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
-import fcntl
 import json
 import os
 import random
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e import connection_load
-from tests.e2e.outside_client import VARIANTS, HeldConnection, OutsideClientCluster
+from tests.e2e.outside_client import (
+    VARIANTS,
+    HeldConnection,
+    OutsideClientCluster,
+    offload_checksums,
+    refused_datagram,
+    wrong_checksums,
+)
 from tests.e2e.two_node_cluster import BALANCER, EXTERNAL, NODE_PORT, SERVICE_IPS
 from tests.lab import Lab, clients, manifests, servers
 from tests.lab.waiting import until
@@ -59,15 +60,6 @@ def test_node_port_reaches_local_and_remote_backends_and_replies_have_its_addres
         )
 
 
-def _offload_checksums(is_on: bool) -> None:
-    """Sets whether the devices of this namespace compute checksums of sent packets, as ``ethtool -K DEVICE tx``."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for _, name in socket.if_nameindex():
-            value = ctypes.create_string_buffer(struct.pack("=II", 0x17, is_on))  # ETHTOOL_STXCSUM
-            with contextlib.suppress(OSError):  # the loopback
-                fcntl.ioctl(sock, 0x8946, struct.pack("16sQ16x", name.encode(), ctypes.addressof(value)))
-
-
 def _echoed(host: str, port: int, size: int) -> bool:
     """Returns True if a server echoes so much random data unchanged."""
     data = random.randbytes(size)
@@ -82,31 +74,22 @@ def _echoed(host: str, port: int, size: int) -> bool:
     return received == data
 
 
-def _wrong_checksums() -> int:
-    """Returns how many TCP segments and datagrams this namespace has dropped for their checksum."""
-    lines = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines()]
-    heads, values = ({line[0]: line[1:] for line in lines[at::2]} for at in (0, 1))
-    return sum(
-        int(values[kind][heads[kind].index("InCsumErrors")]) for kind in ("Tcp:", "Udp:") if kind in heads
-    )
-
-
 @pytest.mark.parametrize("is_on", [True, False], ids=["by-devices", "by-senders"])
 def test_data_and_checksums_are_intact(variant: OutsideClientCluster, is_on: bool) -> None:
     """A checksum that is left to the device is not rewritten as a finished one is."""
     cluster = variant
     spaces = (cluster.outside, cluster.w1, cluster.w2)
     for space in spaces:
-        space.call(_offload_checksums, is_on)
+        space.call(offload_checksums, is_on)
     try:
         for address in (cluster.a.address, cluster.a.address6):
             for _ in range(4):
                 assert cluster.outside.call(_echoed, address, NODE_PORT, 300_001), address
                 assert cluster.outside.call(clients.ask_udp, address, 30053)["from"] == (address, 30053)
-        assert [space.call(_wrong_checksums) for space in spaces] == [0, 0, 0]
+        assert [space.call(wrong_checksums) for space in spaces] == [0, 0, 0]
     finally:
         for space in spaces:
-            space.call(_offload_checksums, True)
+            space.call(offload_checksums, True)
 
 
 @pytest.mark.parametrize("address", [EXTERNAL, BALANCER, SERVICE_IPS["v4"], SERVICE_IPS["v6"]])
@@ -234,23 +217,11 @@ def test_external_traffic_policy_local_drops_without_local_endpoints_and_rejects
     assert {("rejected", "no-endpoint"), ("dropped", "no-local-endpoint")} <= reasons
 
 
-def _refused_datagram(host: str, port: int) -> str:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(2)
-        sock.connect((host, port))
-        sock.send(b"?")
-        try:
-            sock.recv(100)
-        except OSError as error:
-            return errno.errorcode.get(error.errno or 0, str(error))
-    return "received"
-
-
 def test_udp_to_a_service_without_endpoints_gets_port_unreachable(cluster: OutsideClientCluster) -> None:
     """ICMP and ICMPv6 port unreachable make the socket return ECONNREFUSED."""
     for address in ("10.96.0.20", "fd00:10:96::20"):
         cluster.outside.route(address, cluster.a)
-        assert cluster.outside.call(_refused_datagram, address, 53) == "ECONNREFUSED"
+        assert cluster.outside.call(refused_datagram, address, 53) == "ECONNREFUSED"
         assert cluster.outside.call(clients.connect_error, address, 80) == "ECONNREFUSED"
 
 

@@ -23,11 +23,25 @@ import msgspec
 from tests import tested
 from tests.fuzz import engine, floods, machine
 from tests.fuzz.hostile import hostile_cluster, unprintable
-from tests.fuzz.packet_world import packet_world, uncounted
+from tests.fuzz.packet_world import WORLDS, Outcome, miscounted, packet_world, uncounted
 from tests.fuzz.targets import TARGETS
 
 _STEPS_OF_A_MACHINE = 10_000
 _PACKETS_OF_A_WORLD = 10_000_000
+#: So many take some seconds.
+_PACKETS_OF_CACHED_FLOWS = 1_000_000
+#: What is counted of packets, and the columns of the tables.
+_COUNTS = ("runs", "passed", "translated", "forwarded", "rejected", "dropped", "option_sent", "option_taken")
+_COUNTED = (
+    "packets",
+    "passed",
+    "translated",
+    "of these forwarded",
+    "rejected",
+    "dropped",
+    "option of DSR sent",
+    "taken",
+)
 KEPT = "fuzz"
 _HEAD = (
     "Nothing raised another exception than the one that its callers know, no run hung, each packet's result was as"
@@ -78,6 +92,7 @@ class Run:
     def machine(self) -> None:
         """Machines one after the other, each with other random numbers."""
         done: Counter[str] = Counter()
+        killed_in: Counter[str] = Counter()
         objects = machine.population(400)
         seed = 0
         with machine.bench() as bench:
@@ -89,45 +104,69 @@ class Run:
                 except Exception:
                     self._fault(f"machine {seed}: {dict(made.steps)}\n{traceback.format_exc()}")
                 done.update(made.steps)
+                killed_in.update(made.killed_in)
                 seed += 1
         killed = done.pop("killed", 0)
         rows = [[name, f"{count:,}"] for name, count in sorted(done.items())]
         rows.append(["**all**", f"{sum(done.values()):,}"])
         self._table("Tracker and writer against the rules", ("step", "how often"), rows)
-        self.lines += [f"In {killed:,} of these an agent was killed within a change.", ""]
-
-    def packets(self) -> None:
-        """Worlds one after the other: maps fill up in each."""
-        total: dict[str, list[int]] = {}
-        unserved = missed = 0
-        left, seed = self._given.packets, 1
-        while left > 0:
-            with packet_world(self._folder) as world:
-                before = world.events()
-                outcome, report = world.send(min(left, _PACKETS_OF_A_WORLD), seed)
-                missed += uncounted(before, world.events(), outcome)
-                if world.cluster.agent.process is None or world.cluster.agent.process.poll() is not None:
-                    self._fault(f"the agent has ended:\n{world.cluster.agent.text[-4000:]}")
-            if outcome.violations:
-                self._fault(f"packets, seed {seed}: {outcome.violations}\n{report.read_text()[:20000]}")
-            for each in outcome.programs:
-                counts = [each.runs - each.refused, each.passed, each.translated, each.rejected, each.dropped]
-                known = total.setdefault(each.name, [0] * len(counts))
-                total[each.name] = [a + b for a, b in zip(known, counts, strict=True)]
-            unserved += outcome.unserved
-            left -= _PACKETS_OF_A_WORLD
-            seed += 1
-        if missed:
-            self._fault(f"{missed} dropped or rejected packets are in no counter")
-        sums = [sum(column) for column in zip(*total.values(), strict=True)]
-        rows = [[name, *(f"{n:,}" for n in counts)] for name, counts in [*total.items(), ("**all**", sums)]]
-        head = ("program @ device", "packets", "passed", "translated", "rejected", "dropped")
-        self._table("Packets", head, rows)
+        files = ", ".join(f"{name} {count:,}" for name, count in killed_in.most_common())
         self.lines += [
-            f"{unserved:,} of these were no Service's by packets/model.c, and passed unchanged. The kernel runs"
-            " no program on a packet of less than an IP header; these are left out.",
+            f"In {killed:,} of these an agent was killed: {killed - killed_in.total():,} when it wrote to a map, and"
+            f" others at any line of the modules that write maps, in a change, a clean-up or a start: {files}.",
             "",
         ]
+
+    def packets(self) -> None:
+        """A share of them in each world; worlds of one kind one after the other: maps fill up in each."""
+        worlds: dict[str, list[int]] = {}
+        programs: dict[str, list[int]] = {}
+        unserved, seed = 0, 1
+        for name in WORLDS:
+            left = -(-self._given.packets // len(WORLDS))
+            while left > 0:
+                outcome = self._packets_of_a_world(name, min(left, _PACKETS_OF_A_WORLD), seed)
+                for each in outcome.programs:
+                    counts = [getattr(each, count) for count in _COUNTS]
+                    counts[0] -= each.refused
+                    for total, key in ((worlds, name), (programs, each.name)):
+                        known = total.setdefault(key, [0] * len(counts))
+                        total[key] = [a + b for a, b in zip(known, counts, strict=True)]
+                unserved += outcome.unserved
+                left -= _PACKETS_OF_A_WORLD
+                seed += 1
+        sums = [sum(column) for column in zip(*worlds.values(), strict=True)]
+        for title, head, total in (
+            ("Packets", "agents with", {**worlds, "**all**": sums}),
+            ("Packets by program", "program @ device", programs),
+        ):
+            rows = [[name, *(f"{n:,}" for n in counts)] for name, counts in total.items()]
+            self._table(title, (head, *_COUNTED), rows)
+        self.lines += [
+            f"{unserved:,} of these were no Service's by packets/model.c, and passed unchanged. Those that are"
+            " forwarded are translated, too; with `--measure-traffic` what Services count is the same as what"
+            " packets/translation.c counts. The kernel runs no program on a packet of less than an IP header; these"
+            " are left out.",
+            "",
+        ]
+
+    def _packets_of_a_world(self, name: str, count: int, seed: int) -> Outcome:
+        with packet_world(self._folder, name) as world:
+            before = world.events()
+            outcome, report = world.send(count, seed)
+            after, traffic = world.events(), world.traffic()
+            # What bypasses netfilter has no fast path but at XDP.
+            if count >= _PACKETS_OF_CACHED_FLOWS and "bypass" not in name and not world.has_flow_cache():
+                self._fault(f"{name}: no flow has lasted long enough for the flow cache")
+            if world.cluster.agent.process is None or world.cluster.agent.process.poll() is not None:
+                self._fault(f"the agent has ended:\n{world.cluster.agent.text[-4000:]}")
+        if outcome.violations:
+            self._fault(f"packets, {name}, seed {seed}: {outcome.violations}\n{report.read_text()[:20000]}")
+        if missed := uncounted(before, after, outcome):
+            self._fault(f"{name}: {missed} dropped, rejected or forwarded packets are in no counter")
+        if "--measure-traffic" in name and (wrong := miscounted(traffic, outcome)):
+            self._fault(f"{name}: {wrong}")
+        return outcome
 
     def objects(self) -> None:
         """Huge objects and evil names, beside a Service that has to go on working."""
@@ -157,7 +196,7 @@ class Run:
     def floods(self) -> None:
         """What is left of established flows."""
         with floods.flooded_world() as world:
-            rows = [[*map(str, each)] for each in floods.measure(world)]
+            rows = [[*each] for each in floods.measure(world)]
         self._table("Floods: established flows that are still there", floods.HEAD, rows)
         with floods.flooded_world(floods.LARGE) as world:
             rows = [list(each) for each in floods.measure_new(world)]

@@ -10,16 +10,22 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from ipaddress import ip_address
+from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import msgspec
 from hypothesis import HealthCheck, Phase, given, settings
 
+import ebpfproxy.datapath
 from ebpfproxy.config.datapath import BPFFS, Capacity
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel.roots import ensure_bpffs
@@ -35,6 +41,7 @@ from ebpfproxy.kube.objects import (
     Service,
 )
 from ebpfproxy.services.model import Backend, Policy, ServicePort
+from ebpfproxy.services.tracker import Update
 from tests.datapath.writing import Bench, KilledError, check_selection, expected_states, uses_local
 from tests.recordings import RecordTracker, changed, replaced
 from tests.services import naive, test_rules
@@ -53,6 +60,10 @@ CAPACITY = Capacity(
 )
 #: Maps whose writes kill an agent.
 _KILLED_AT = ("service_names", "members", "services4", "services6")
+#: What an agent does when it is killed, and within how many of its lines that happens, as a power of 2. Between two
+#: lines is every store to an array that is mapped into memory: backends, slots, selections.
+_KILLED_WITHIN = {"change": 11, "reclaim": 8, "restart": 14}
+_WRITERS = str(Path(ebpfproxy.datapath.__file__).parent)
 _KINDS: dict[Resource, type[Object]] = {
     Resource.SERVICES: Service,
     Resource.ENDPOINTSLICES: EndpointSlice,
@@ -89,7 +100,7 @@ def population(count: int) -> list[Known]:
 
 
 class Machine:
-    """``steps`` counts what was done, by name."""
+    """``steps`` counts what was done, by name, and ``killed_in`` where agents were killed, by file."""
 
     def __init__(self, bench: Bench, objects: list[Known], seed: int) -> None:
         self._bench = bench
@@ -101,6 +112,7 @@ class Machine:
         self._drained: frozenset[naive.DrainRequest] = frozenset()
         self._opened: dict[int, tuple[Backend, bool]] = {}
         self.steps: Counter[str] = Counter()
+        self.killed_in: Counter[str] = Counter()
 
     def run(self, steps: int, *, check_every: int = 8) -> None:
         for number in range(1, steps + 1):
@@ -110,8 +122,19 @@ class Machine:
         self.check()
 
     def _step(self) -> None:
-        names = ("set", "delete", "drain", "relist", "reclaim", "open", "close", "restart", "kill")
-        (name,) = self._chance.choices(names, (50, 12, 4, 3, 8, 6, 6, 2, 2))
+        names = (
+            "set",
+            "delete",
+            "drain",
+            "relist",
+            "reclaim",
+            "open",
+            "close",
+            "restart",
+            "kill",
+            "kill_anywhere",
+        )
+        (name,) = self._chance.choices(names, (50, 12, 4, 3, 8, 6, 6, 2, 1, 2))
         self.steps[name] += 1
         getattr(self, f"_{name}")()
 
@@ -166,11 +189,8 @@ class Machine:
         assert self._writer.apply(self._tracker.service_ports(), complete=True) == []
 
     def _kill(self) -> None:
-        """The agent is killed when it writes to a map for the so manieth time, if this change does."""
-        resource, key, record = self._chance.choice(self._objects)
-        self._stored[resource, key] = record
-        self._tracker.apply(changed(resource, record))
-        update = self._tracker.drain()
+        """The agent is killed when it writes to a map, if this change does."""
+        update = self._changed()
         assert self._bench.maps is not None
         table = self._bench.maps[self._chance.choice(_KILLED_AT)]
         with patch.object(table, "update_many", side_effect=KilledError):
@@ -178,6 +198,28 @@ class Machine:
                 self._writer.apply(update.changed, update.removed)
             except KilledError:
                 self.steps["killed"] += 1
+        self._restart()
+
+    def _changed(self) -> Update:
+        resource, key, record = self._chance.choice(self._objects)
+        self._stored[resource, key] = record
+        self._tracker.apply(changed(resource, record))
+        return self._tracker.drain()
+
+    def _kill_anywhere(self) -> None:
+        """A process of its own is killed at any line of those that write maps."""
+        what, within = self._chance.choice(list(_KILLED_WITHIN.items()))
+        update = self._changed()
+        work: Callable[[], object] = self._restart
+        if what == "change":
+            work = partial(self._writer.apply, update.changed, update.removed)
+        elif what == "reclaim":
+            self._writer.apply(update.changed, update.removed)
+            work = self._reclaim
+        file = killed_at(int(2 ** self._chance.uniform(0, within)), work)
+        if file:
+            self.steps["killed"] += 1
+            self.killed_in[file] += 1
         self._restart()
 
     def _open(self) -> None:
@@ -250,6 +292,42 @@ class Machine:
             assert records[number][0] == backend, "what connections use keeps its id"
 
 
+def killed_at(line: int, work: Callable[[], object]) -> str:
+    """Does it in a child, which ends without any cleaning up at the so manieth line of modules that write maps.
+
+    Returns the name of the module; empty where there were fewer lines.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        left = line
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal left
+            file = frame.f_code.co_filename
+            if not file.startswith(_WRITERS):
+                return None
+            left -= event == "line"
+            if left <= 0:
+                os.write(writer, Path(file).name.encode())
+                os._exit(0)
+            return trace
+
+        try:
+            sys.settrace(trace)
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    file = os.read(reader, 256).decode()
+    os.close(reader)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, "the change failed before it was killed"
+    return file
+
+
 @contextmanager
 def bench() -> Iterator[Bench]:
     """Maps in a pin folder of this process."""
@@ -264,8 +342,8 @@ def bench() -> Iterator[Bench]:
         shutil.rmtree(folder)
 
 
-def run(bench: Bench, steps: int, seed: int, objects: list[Known] | None = None) -> Counter[str]:
+def run(bench: Bench, steps: int, seed: int, objects: list[Known]) -> Machine:
     """Runs a machine; raises AssertionError where something does not hold."""
-    machine = Machine(bench, objects if objects is not None else population(400), seed)
+    machine = Machine(bench, objects, seed)
     machine.run(steps)
-    return machine.steps
+    return machine

@@ -2,52 +2,48 @@
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from scapy.compat import raw
-from scapy.layers.inet import ICMP, IP, UDP, IPOption_NOP, IPOption_Router_Alert, fragment
-from scapy.layers.inet6 import (
-    ICMPv6EchoRequest,
-    IPv6,
-    IPv6ExtHdrDestOpt,
-    IPv6ExtHdrFragment,
-    IPv6ExtHdrHopByHop,
-    IPv6ExtHdrRouting,
-)
-from scapy.layers.l2 import ARP, Dot1Q, Ether
-from scapy.layers.sctp import SCTP, SCTPChunkHeartbeatReq, SCTPChunkInit
-from scapy.packet import Packet, Raw
 
-from ebpfproxy.datapath.abi.node_layout import DROPPED, REJECTED, PacketEvent
+from ebpfproxy.datapath.abi.node_layout import DROPPED, FORWARDED, REJECTED, PacketEvent
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from ebpfproxy.datapath.services import measures
+from ebpfproxy.datapath.services.measures import Traffic
 from ebpfproxy.services.model import FrontendKind
+from tests.fuzz.packet_seeds import RAW_CLIENTS, seeds
 from tests.lab import Lab
-from tests.packets.packet_cluster import FAMILIES, PORTS, FamilyAddresses, PacketCluster
+from tests.lab.waiting import READY_SECONDS
+from tests.packets.dsr_packets import documents as dsr_documents
+from tests.packets.packet_cluster import FAMILIES, PORTS, PacketCluster
 
-#: The EtherTypes of both families, which raw packets have where a source address begins: the kernel reads the protocol
-#: of a test run from there.
-RAW_CLIENTS = {4: "8.0.0.7", 6: "2001:db8:86dd::7"}
 _RAW_BACKENDS = ("8.0.0.9", "2001:db8:86dd::9")
 _KINDS = {"tc": 0, "raw": 1, "xdp": 2, "loopback": 3}
+#: This node's.
+_PODS = {each for family in FAMILIES for each in (family.local_pod, family.client_pod)}
 _NETWORKS = ("10.96.0.0/16", "fd00:10:96::/112")
 _PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 _HERE = Path(__file__).parent
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """What one program did with the packets. ``forwarded`` ones are translated, too; the kernel ``refused`` others."""
+    """What one program did with the packets. ``forwarded`` ones are translated, too; the kernel ``refused`` others.
+
+    The option of DSR was sent on some of those that are forwarded, and taken from others, which are in no other count.
+    """
 
     name: str
     runs: int
@@ -57,14 +53,28 @@ class Counts(msgspec.Struct, frozen=True):
     translated: int
     forwarded: int
     refused: int
+    option_sent: int
+    option_taken: int
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """``violations``: how often each rule of ``packets/packets.h`` was broken."""
+    """``violations``: how often each rule of ``packets/packets.h`` was broken.
+
+    ``packets`` and ``bytes`` are what Services have to count with ``measureTraffic``; of the ``unsure`` ones nobody
+    can tell.
+    """
 
     unserved: int
+    packets: int
+    bytes: int
+    unsure_packets: int
+    unsure_bytes: int
     violations: dict[int, int]
     programs: list[Counts]
+
+    def total(self, count: str, *, pin: str = "") -> int:
+        """Of the programs that begin with ``pin``."""
+        return sum(getattr(each, count) for each in self.programs if each.name.startswith(pin))
 
 
 class Program(NamedTuple):
@@ -93,6 +103,37 @@ PROGRAMS = (
 )
 
 
+class Options(enum.IntFlag):
+    """Those of the agent that the model needs to know."""
+
+    BYPASS = 1
+    XDP = 2
+    DSR = 4
+    ACCEPTS_DSR = 8
+
+
+_XDP = ("--xdp", "generic")
+_DSR = ("--external-traffic-mode", "dsr")
+#: What agents are started with: each has its own programs.
+WORLDS: dict[str, tuple[tuple[str, ...], Options]] = {
+    "no options": ((), Options(0)),
+    "--xdp generic": (_XDP, Options.XDP),
+    "--bypass-netfilter": (("--bypass-netfilter",), Options.BYPASS),
+    "dsr": (_DSR, Options.DSR | Options.ACCEPTS_DSR),
+    "dsr --xdp generic": ((*_DSR, *_XDP), Options.DSR | Options.ACCEPTS_DSR | Options.XDP),
+    "dsr-accept": (("--external-traffic-mode", "dsr-accept"), Options.ACCEPTS_DSR),
+    "--measure-traffic --xdp generic": (
+        ("--measure-traffic", "--measure-connections", *_XDP),
+        Options.XDP,
+    ),
+}
+#: Below those of sockets in a lab.
+_MASQUERADE_PORTS = 1024, 14999
+#: Services whose backends clients outside reach on their own node alone, and those that ranges protect.
+_LOCAL = ("local", "elsewhere")
+_RANGED = ("ranged", "here-ranged")
+
+
 def build(folder: Path, *flags: str) -> Path:
     """Compiles the program that sends packets."""
     program = folder / "packets"
@@ -108,90 +149,19 @@ def _hex(address: str) -> str:
     return (packed if found.version == 6 else bytes(10) + b"\xff\xff" + packed).hex()
 
 
-def _transports(port: int, numbers: dict[str, int]) -> Iterator[Packet]:
-    for protocol, number in numbers.items():
-        if protocol == "TCP":
-            for flags in ("S", "A", "SA", "R", "FA"):
-                yield _tcp(port, number, flags)
-        elif protocol == "UDP":
-            yield UDP(sport=port, dport=number) / Raw(b"0123456789abcdef")
-        else:
-            for chunk in (SCTPChunkInit(init_tag=7), SCTPChunkHeartbeatReq()):
-                yield SCTP(sport=port, dport=number, tag=7) / chunk
-
-
-def _tcp(sport: int, dport: int, flags: str) -> Packet:
-    from scapy.layers.inet import TCP  # noqa: PLC0415
-
-    return TCP(sport=sport, dport=dport, flags=flags, seq=1000, ack=2000) / Raw(b"0123456789abcdef")
-
-
-def _packets(family: FamilyAddresses) -> Iterator[Packet]:
-    services = {name: ports[0] for name, ports in PORTS.items()}
-    node_ports = {name: ports[1] for name, ports in PORTS.items()}
-    targets = {name: ports[2] for name, ports in PORTS.items()}
-    frontends = [
-        family.web,
-        family.web_external,
-        family.web_balancer,
-        family.local_balancer,
-        family.elsewhere_balancer,
-        family.ranged_balancer,
-        family.empty,
-        family.own,
-    ]
-    raw_client = RAW_CLIENTS[family.version]
-    loopback = "127.0.0.1" if family.version == 4 else "::1"
-    for client in (family.client, family.client_pod, family.node, raw_client):
-        for frontend in frontends:
-            for each in _transports(20001, services):
-                yield family.ip(client, frontend) / each
-        for each in _transports(20002, node_ports):
-            yield family.ip(client, family.node) / each
-        for each in _transports(20003, targets):
-            yield family.ip(client, family.local_pod) / each
-            yield family.ip(client, family.remote_pod) / each
-    for each in _transports(20004, node_ports):
-        yield family.ip(loopback, loopback) / each
-    echo = ICMP() if family.version == 4 else ICMPv6EchoRequest()
-    unallocated = "10.96.9.9" if family.version == 4 else "fd00:10:96::999"
-    for to in (family.web, family.web_external, family.node, unallocated):
-        yield family.ip(family.client, to) / echo
-    yield family.ip(family.client, unallocated) / _tcp(20005, 80, "S")
-    big = UDP(sport=20006, dport=53) / Raw(bytes(range(256)) * 4)
-    if family.version == 4:
-        for to in (family.web, family.local_balancer):
-            yield from fragment(IP(src=family.client, dst=to, id=7) / big, 400)
-        options = [IPOption_NOP()] * 4, [IPOption_Router_Alert()]
-        for chosen in options:
-            for each in _transports(20007, services):
-                yield IP(src=family.client, dst=family.web, options=chosen) / each
-        return
-    for at, more in ((0, 1), (50, 1), (100, 0)):
-        part = raw(big)[at * 8 : at * 8 + 400]
-        header = IPv6ExtHdrFragment(id=7, offset=at, m=more, nh=17)
-        yield IPv6(src=family.client, dst=family.web) / header / Raw(part)
-    for kind in (IPv6ExtHdrDestOpt, IPv6ExtHdrHopByHop, IPv6ExtHdrRouting):
-        for each in _transports(20007, services):
-            yield IPv6(src=family.client, dst=family.web) / kind() / each
-
-
-def _seeds() -> Iterator[bytes]:
-    for family in FAMILIES:
-        for packet in _packets(family):
-            yield raw(Ether(dst="02:00:00:00:00:01", src="02:00:00:00:00:99") / packet)
-    first = next(_packets(FAMILIES[0]))
-    yield raw(Ether() / Dot1Q(vlan=7) / first)
-    yield raw(Ether() / ARP(pdst="10.96.0.10"))
-
-
 class PacketWorld:
-    """A node with all packet programs loaded: also those for raw devices, the loopback device and XDP."""
+    """A node with all packet programs loaded: also those for raw devices, the loopback device and XDP.
 
-    def __init__(self, lab: Lab, folder: Path) -> None:
+    The model knows flows from their first packet on, and so packets are sent once.
+    """
+
+    def __init__(self, lab: Lab, folder: Path, name: str) -> None:
         self._folder = folder
         self._write_raw_backends(lab.folder / "manifests")
-        self.cluster = PacketCluster(lab, "--service-cidr", ",".join(_NETWORKS), "--xdp", "generic")
+        arguments, self._options = WORLDS[name]
+        ports = "-".join(map(str, _MASQUERADE_PORTS))
+        arguments = ("--service-cidr", ",".join(_NETWORKS), "--masquerade-ports", ports, *arguments)
+        self.cluster = PacketCluster(lab, *arguments, more=dsr_documents())
         node = self.cluster.node
         # A device without a link layer, for which the agent loads programs of its own.
         node.run(["ip", "tuntap", "add", "tun0", "mode", "tun"])
@@ -213,7 +183,11 @@ class PacketWorld:
                 ]
             )
         self._version = next((node.bpf_root / "ebpfproxy").glob("v*"))
-        self._programs = {each: self._program(each.pin) for each in PROGRAMS}
+        self._programs = {
+            each: self._program(each.pin)
+            for each in PROGRAMS
+            if each.kind != "xdp" or self._options & Options.XDP
+        }
         self.maps: MapSet = open_pinned(self._version)
         self._executable = build(folder)
 
@@ -228,7 +202,7 @@ class PacketWorld:
         targets = [
             {"name": name.lower(), "port": target, "protocol": name} for name, (_, _, target) in PORTS.items()
         ]
-        documents = [manifests.service("raw", clusterIPs=["10.96.0.70", "fd00:10:96::70"], ports=ports)]
+        documents = [manifests.service("raw", clusterIPs=["10.96.0.90", "fd00:10:96::90"], ports=ports)]
         documents += [
             manifests.slice_of("raw", [manifests.endpoint(each, "node-b")], ports=targets)
             for each in _RAW_BACKENDS
@@ -242,7 +216,7 @@ class PacketWorld:
         self.cluster.wire.close()
 
     def _program(self, pin: str) -> int:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + READY_SECONDS
         while not (found := list(self._version.glob(f"progs-*/{pin}"))):
             assert time.monotonic() < deadline, f"{pin} is not loaded:\n{self.cluster.agent.text}"
             time.sleep(0.05)
@@ -259,7 +233,8 @@ class PacketWorld:
             ifindex, mac = devices[each.device]
             ingress = devices[each.ingress][0] if each.ingress else 0
             mac = mac if each.kind != "raw" else "00" * 6
-            yield f"P {_KINDS[each.kind]} {each.title} {fd} {ifindex} {ingress} {mac}"
+            is_ingress, is_of_pods = each.pin.startswith(("from", "forward")), each.device != "eth0"
+            yield f"P {_KINDS[each.kind]} {each.title} {fd} {ifindex} {ingress} {mac} {is_ingress:d} {is_of_pods:d}"
         numbers: dict[Any, int] = {}
         ends = set()
         for row in Dump(self.maps).frontends():
@@ -268,12 +243,23 @@ class PacketWorld:
             address = ipaddress.ip_address(host.strip("[]"))
             number = numbers.setdefault((row.namespace, row.name, row.port_name), len(numbers))
             same = [a for a in local if ipaddress.ip_address(a).version == address.version]
-            for each_address in same if row.type == str(FrontendKind.NODE_PORT) else [str(address)]:
-                ends.add(f"F {_hex(each_address)} {port} {_PROTOCOLS[protocol]} {number}")
+            is_node_port = row.type == str(FrontendKind.NODE_PORT)
+            is_outside = row.type != str(FrontendKind.CLUSTER_IP) and row.name not in _LOCAL
+            kind = is_outside | 2 * (row.name in _RANGED) | 4 * is_node_port
+            for each_address in same if is_node_port else [str(address)]:
+                ends.add(f"F {_hex(each_address)} {port} {_PROTOCOLS[protocol]} {number} {kind}")
             for backend in row.backends:
                 host, port_of = backend.address.rsplit(":", 1)
-                ends.add(f"B {_hex(host.strip('[]'))} {port_of} {_PROTOCOLS[protocol]} {number}")
+                host = host.strip("[]")
+                ends.add(f"B {_hex(host)} {port_of} {_PROTOCOLS[protocol]} {number} {host in _PODS:d}")
         yield from sorted(ends)
+        mtu = next(each["mtu"] for each in links if each["ifname"] == "eth0")
+        first, last = _MASQUERADE_PORTS
+        yield f"W {self._options.value} {first} {last} {mtu}"
+        for each_address in local:
+            yield f"O {_hex(each_address)}"
+        for each_address in sorted(_PODS):
+            yield f"H {_hex(each_address)}"
         yield f"L {self.maps['icmp_bucket'].fd}"
         for network in _NETWORKS:
             found = ipaddress.ip_network(network)
@@ -282,12 +268,22 @@ class PacketWorld:
         known = {each for family in FAMILIES for each in family if isinstance(each, str)}
         for each_address in sorted(known | {*local, *RAW_CLIENTS.values(), *_RAW_BACKENDS}):
             yield f"A {_hex(each_address)}"
-        for seed in _seeds():
+        for seed in seeds(accepts_dsr=bool(self._options & Options.ACCEPTS_DSR)):
             yield f"S {seed.hex()}"
 
     def events(self) -> dict[PacketEvent, int]:
         """What the programs have counted so far."""
         return counters(self.maps["packet_events"])
+
+    def traffic(self) -> list[Traffic]:
+        """What each Service has counted."""
+        return [*measures.traffic(self.maps).values()]
+
+    def has_flow_cache(self) -> bool:
+        """True if a flow was translated from the flow cache: a slot of it was valid."""
+        table = self.maps["flow_cache"]
+        slots = Map(table.fd, table.spec)
+        return any(any(value[-8:]) for _, value in slots.items())
 
     def send(self, count: int, seed: int) -> tuple[Outcome, Path]:
         """Sends ``count`` packets; the path is that of the broken rules with their packets."""
@@ -301,15 +297,36 @@ class PacketWorld:
 
 
 def uncounted(before: dict[PacketEvent, int], after: dict[PacketEvent, int], outcome: Outcome) -> int:
-    """How many of the packets that were dropped or rejected no counter has."""
-    counted = sum(after[each] - before[each] for each in DROPPED | REJECTED)
-    return sum(each.dropped + each.rejected for each in outcome.programs) - counted
+    """How many packets that were dropped, rejected, or forwarded at XDP no counter has."""
+
+    def counted(events: frozenset[PacketEvent]) -> int:
+        return sum(after[each] - before[each] for each in events)
+
+    refused = outcome.total("dropped") + outcome.total("rejected")
+    forwarded = outcome.total("forwarded", pin="forward@")
+    return abs(refused - counted(DROPPED | REJECTED)) + abs(forwarded - counted(FORWARDED))
+
+
+def miscounted(traffic: Iterable[Traffic], outcome: Outcome) -> str:
+    """What Services have counted otherwise than the model; empty if they agree."""
+    found = [*traffic]
+    packets = sum(sum(each[2:]) for each in found)
+    size = sum(sum(each[:2]) for each in found)
+    if (
+        0 <= packets - outcome.packets <= outcome.unsure_packets
+        and 0 <= size - outcome.bytes <= outcome.unsure_bytes
+    ):
+        return ""
+    expected = (
+        f"{outcome.packets}+{outcome.unsure_packets} packets, {outcome.bytes}+{outcome.unsure_bytes} bytes"
+    )
+    return f"Services count {packets} packets, {size} bytes, and not {expected}"
 
 
 @contextmanager
-def packet_world(folder: Path) -> Iterator[PacketWorld]:
+def packet_world(folder: Path, name: str) -> Iterator[PacketWorld]:
     with Lab(takes_xdp=True) as lab:
-        world = PacketWorld(lab, folder)
+        world = PacketWorld(lab, folder, name)
         try:
             yield world
         finally:

@@ -10,9 +10,9 @@ import functools
 import gzip
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 import yaml
@@ -31,32 +31,16 @@ from ebpfproxy.kube.watch.lines import LineSplitter
 from ebpfproxy.kube.watch.listing import Listing
 from ebpfproxy.netlink import codec, ctnetlink, namespace_ids, routes, rtnetlink, sock_diag, traffic_control
 from ebpfproxy.node import kernel_tables, pod_names
-from ebpfproxy.operator.migrate.node import iptables, ipvs, nfacct, nftables, running_kube_proxy
-from ebpfproxy.operator.migrate.node.tools import ToolError
+from ebpfproxy.operator.migrate.node import nfacct
 from ebpfproxy.services.model import Family, Protocol, ServicePortKey
 from ebpfproxy.services.reduce import reducer
 from ebpfproxy.services.tracker import Tracker
 from tests.data import RECORDINGS, SAMPLES
+from tests.fuzz import answer_targets, tool_targets
+from tests.fuzz.target import Target, printable
 
 _CASES = Path(__file__).parents[1] / "cases"
 _NODE = "node-a"
-
-
-class Target(NamedTuple):
-    """``run`` takes an input; ``seeds`` are those to begin with."""
-
-    run: Callable[[bytes], object]
-    seeds: Callable[[], Iterable[bytes]]
-
-    @property
-    def name(self) -> str:
-        return self.run.__name__
-
-
-def printable(text: str) -> None:
-    """Errors are shown to people: as lines, and without anything that a terminal obeys."""
-    odd = [each for each in text if not each.isprintable() and each != "\n"]
-    assert not odd, f"{text!r} would be printed"
 
 
 # -- kube
@@ -266,69 +250,6 @@ def duration(data: bytes) -> None:
         return
 
 
-# -- what other tools print
-
-
-def _tool(parse: Callable[[str], object], data: bytes) -> None:
-    """Tools print in the locale's encoding, which is UTF-8 here; see :func:`ebpfproxy.operator.migrate.node.tools.run`."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        return
-    try:
-        parse(text)
-    except ToolError as error:
-        printable(str(error))
-
-
-def nft_tables(data: bytes) -> None:
-    """What ``nft -j list tables`` prints."""
-    _tool(nftables.plan, data)
-
-
-def iptables_save(data: bytes) -> None:
-    """What ``iptables-save`` prints, up to the script that removes kube-proxy's rules."""
-
-    def use(text: str) -> None:
-        for each in iptables.plan(text):
-            each.script()
-        iptables.built_in(text)
-
-    _tool(use, data)
-
-
-def ip_vs(data: bytes) -> None:
-    """/proc/net/ip_vs."""
-    _tool(ipvs.parse, data)
-
-
-def cgroup(data: bytes) -> None:
-    """/proc/PID/cgroup of a running kube-proxy."""
-    _tool(running_kube_proxy.started_by, data)
-
-
-def kube_proxy_config(data: bytes) -> None:
-    """That of a running kube-proxy."""
-    _tool(lambda text: running_kube_proxy.check_config(text, "f"), data)
-
-
-_NFT = b"""{"nftables": [{"metainfo": {"version": "1.0.6", "json_schema_version": 1}},
-  {"table": {"family": "ip", "name": "kube-proxy", "handle": 1}}, {"table": {"family": "ip6", "name": "kube-proxy"}},
-  {"chain": {"family": "ip", "table": "kube-proxy", "name": "services", "handle": 2}}]}"""
-_CGROUP = b"""0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod12345678_1234_1234_1234_123456789012.slice/x
-"""
-_IP_VS = b"""IP Virtual Server version 1.2.1 (size=4096)
-Prot LocalAddress:Port Scheduler Flags
-  -> RemoteAddress:Port Forward Weight ActiveConn InActConn
-TCP  0A600001:01BB rr
-  -> AC120002:192B      Masq    1      3          1
-TCP  [fd00:0010:0096:0000:0000:0000:0000:0001]:01BB rr
-  -> [fd00:0010:0244:0000:0000:0000:0000:0002]:192B      Masq    0      0          0
-UDP  0A60000A:0035 rr persistent 10800
-FWM  00000001 wlc
-"""
-
-
 # -- the kernel's answers
 
 
@@ -436,28 +357,6 @@ def _record_seeds() -> Iterator[bytes]:
     yield b"\2" + layout.pack_service_key(bytes([10, 96, 0, 10]), 80, 6, 0)
 
 
-def _samples(*names: str) -> Callable[[], Iterable[bytes]]:
-    def read() -> Iterator[bytes]:
-        for name in names:
-            content = (SAMPLES / name).read_bytes()
-            yield gzip.decompress(content) if name.endswith(".gz") else content
-
-    return read
-
-
-def _shortened(seeds: Callable[[], Iterable[bytes]], lines: int) -> Callable[[], Iterable[bytes]]:
-    """Parts of each table of a long text, which are run more often than the whole."""
-
-    def read() -> Iterator[bytes]:
-        for text in seeds():
-            for table in text.split(b"*")[1:]:
-                parts = table.splitlines(keepends=True)
-                for at in range(1, len(parts), lines):
-                    yield b"*" + b"".join(parts[:1] + parts[at : at + lines])
-
-    return read
-
-
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -469,13 +368,8 @@ TARGETS: dict[str, Target] = {
         Target(cni_result, lambda: [_CNI_RESULT]),
         Target(configuration, _configuration_seeds),
         Target(duration, lambda: [b"1h30m", b"0.5s", b"100us", b"-1ns", "3\u00b5s".encode()]),
-        Target(nft_tables, lambda: [_NFT]),
-        Target(
-            iptables_save, _shortened(_samples("iptables-legacy-save.txt", "ip6tables-legacy-save.txt"), 40)
-        ),
-        Target(ip_vs, lambda: [_IP_VS]),
-        Target(cgroup, lambda: [_CGROUP]),
-        Target(kube_proxy_config, _samples("defaults.yaml")),
+        *tool_targets.TARGETS,
+        *answer_targets.TARGETS,
         Target(netlink, _netlink_seeds),
         Target(map_record, _record_seeds),
     )

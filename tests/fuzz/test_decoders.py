@@ -18,6 +18,22 @@ _OTHERS = 600
 FOUND = {
     "iptables_save": (b":KUBE-SVC-X - [0:0]\n", b"-A KUBE-SVC-X -j DROP\n", b"*nat\n:KUBE-SVC-X"),
     "ip_vs": (b"TCP  [f:0096:0000:0001]:01BB rr\n",),
+    "iptables_frontends": (
+        b"*nat\n-A KUBE-SERVICES -d 10.: --dport 443 -p tcp -j DROP\n",
+        b"*nat\n-A KUBE-SERVICES --dport 443 -j DROP\n",
+        b"*nat\n-A KUBE-SERVICES -p tcp --dport 443 -j KUBE-SEP-A\n-A KUBE-SEP-A -j DNAT\n",
+    ),
+    "nft_frontends": (
+        b"{}",
+        b"[]",
+        b'{"nftables": [[]]}',
+        b'{"nftables": [{"map": {"family": "ip"}}]}',
+        b"[" * 10000,
+    ),
+    "node_plan": (b'{\n"\\ud800": 1}', b'{\n"a": ' + b"[" * 10000),
+    "agent_record": (bytes(16) + b'{"node": "\xff"}', bytes(16) + b'{"a": ' + b"[" * 2000),
+    "agent_answer": (b'{"namespace": "\xff"}',),
+    "top_line": (b'{"packets": "\xff"}',),
     "cgroup": (b"0", b"0:\n1"),
     "nft_tables": (b"", b"[]", b'{"nftables": [1]}', b'{"nftables": [{"table": {}}]}', b"[" * 10000),
     "netlink": (b"\x11\0\0\0\2\0\0\0\0\0\0\0\0\0\0\0\0", b"\x08\0\0\0" + bytes(12)),

@@ -12,5 +12,6 @@ pytestmark = pytest.mark.root
 def test_any_order_of_events_restarts_and_kills_ends_with_the_result_of_the_rules() -> None:
     with machine.bench() as bench:
         done = machine.run(bench, 300, seed=1, objects=machine.population(60))
-    assert sum(done.values()) >= 300
-    assert done["killed"]
+    assert sum(done.steps.values()) >= 300
+    assert done.steps["killed"]
+    assert done.killed_in

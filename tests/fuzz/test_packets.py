@@ -8,25 +8,36 @@ import pytest
 
 from tests import tested
 from tests.fuzz import __main__ as command
-from tests.fuzz.packet_world import packet_world, uncounted
+from tests.fuzz.packet_world import WORLDS, Options, miscounted, packet_world, uncounted
 
 pytestmark = pytest.mark.root
 
 
-def test_mutated_packets_are_translated_rightly_rejected_rightly_or_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", WORLDS)
+def test_mutated_packets_are_translated_rightly_rejected_rightly_or_left_alone(
+    name: str, tmp_path: Path
+) -> None:
     """What no Service has passes unchanged; nothing behind the IP packet is read or written; counters add up.
 
-    ICMP errors keep to their limit, which they reach on a machine that is fast enough.
+    Replies are the reverse of what was done before, and what a hook sends on itself is what the options say. ICMP
+    errors keep to their limit, which they reach on a machine that is fast enough.
     """
-    with packet_world(tmp_path) as world:
+    with packet_world(tmp_path, name) as world:
         before = world.events()
         outcome, report = world.send(100_000, seed=1)
-        after = world.events()
+        after, traffic = world.events(), world.traffic()
     assert not outcome.violations, report.read_text()[:4000]
     assert uncounted(before, after, outcome) == 0
+    if "--measure-traffic" in name:
+        assert miscounted(traffic, outcome) == ""
     for each in outcome.programs:
         assert each.translated
         assert each.runs - each.refused > 5000
+    _, options = WORLDS[name]
+    assert bool(outcome.total("option_sent")) == bool(options & Options.DSR)
+    assert bool(outcome.total("option_taken")) == bool(options & Options.ACCEPTS_DSR)
+    if options & Options.XDP:
+        assert outcome.total("translated", pin="forward@") > outcome.total("runs", pin="forward@") / 10
 
 
 def test_parts_that_were_run_alone_are_kept_for_the_page(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 import ssl
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.kube.failures import Failure, of_status
 from tests.apiserver import ApiServer
 from tests.apiserver.certificates import Authority
+from tests.kube.files import kubeconfig as write_kubeconfig
 
 
 def write(path: Path, **content: Any) -> Path:
@@ -115,38 +117,57 @@ def test_https_proxy_is_verified_with_the_ca_of_the_cluster(tmp_path: Path) -> N
 
 @pytest.mark.skipif(find_spec("socks") is not None, reason="PySocks is installed")
 @pytest.mark.filterwarnings("ignore::urllib3.exceptions.DependencyWarning")
+@pytest.mark.parametrize("place", ["kubeconfig", "environment"])
+def test_proxy_is_told_the_user_of_its_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """As kubectl tells it, with escapes undone."""
+    with ApiServer() as proxy:
+        url = proxy.url.replace("://", "://user:a%40b@")
+        cluster: dict[str, object] = {"proxy-url": url} if place == "kubeconfig" else {}
+        if place == "environment":
+            monkeypatch.setenv("http_proxy", url)
+        path = write_kubeconfig(tmp_path / "config", "http://192.0.2.1:6443", {}, **cluster)
+        ApiConnection.from_options(path, None).get("/api", {}, read_seconds=5)
+        (headers,) = proxy.headers
+    assert headers["proxy-authorization"] == f"Basic {base64.b64encode(b'user:a@b').decode()}"
+
+
 @pytest.mark.parametrize(
-    "proxy",
+    "url",
     [
-        "socks5://user:PLANTED@127.0.0.1:1080",
-        "http://PLANTED@proxy.example:99999",
-        "http://user:PLAN/PLANTED@proxy.example:3128",
-        "http://user:PLAN@PLANTED@proxy.example:99999",
+        "user:planted@proxy.example:3128",
+        "http://user:planted@proxy.example:port",
+        "http://user:planted/planted@proxy.example:3128",
+        "http://user:planted@proxy example:3128",
+        "ftp://user:planted@proxy.example:3128",
+        "socks5://user:planted@proxy.example:1080",
     ],
 )
-def test_error_about_a_proxy_has_no_credentials(proxy: str) -> None:
-    with pytest.raises(ConfigError, match=r"^proxy (http|socks5)://\*\*\*@") as error:
-        access.pool(Access("https://10.0.0.1:6443", proxy=proxy))
-    assert "PLAN" not in str(error.value)
-    assert proxy.rpartition("@")[2] in str(error.value)
+@pytest.mark.parametrize("place", ["kubeconfig", "environment"])
+def test_password_of_a_proxy_is_in_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, url: str
+) -> None:
+    cluster: dict[str, object] = {"proxy-url": url} if place == "kubeconfig" else {}
+    if place == "environment":
+        monkeypatch.setenv("https_proxy", url)
+    path = write_kubeconfig(tmp_path / "config", "https://192.0.2.1:6443", {}, **cluster)
+    with pytest.raises((ConfigError, Failure)) as raised:
+        ApiConnection.from_options(path, None).get("/api", {}, read_seconds=0.1)
+    assert "planted" not in str(raised.value)
+    assert "user" not in str(raised.value)
 
 
-@pytest.mark.parametrize("url", ["user:PLANTED@proxy.example:3128", "ftp://user:PLAN/PLANTED@proxy.example"])
-def test_error_about_a_url_has_no_credentials(url: str) -> None:
-    with pytest.raises(ConfigError, match="does not begin with http:// or https://") as error:
-        access.check_url(url, "proxy-url")
-    assert "PLAN" not in str(error.value)
-    assert "@proxy.example" in str(error.value)
-
-
-def test_server_has_no_credentials_where_it_is_shown() -> None:
-    connection = ApiConnection.from_options(None, "http://user:PLANTED@127.0.0.1:1")
-    assert connection.host == "http://***@127.0.0.1:1"
-    assert connection.access.server == "http://user:PLANTED@127.0.0.1:1"
-    invalid = ApiConnection.from_options(None, "http://user:PLAN/PLANTED@127.0.0.1:1")
-    with pytest.raises(Failure) as error:
-        invalid.call("GET", "/version", read_seconds=1)
-    assert "PLAN" not in str(error.value)
+def test_server_with_a_user_is_refused_without_its_password(tmp_path: Path) -> None:
+    """The log and the state of the agent have the server."""
+    url = "https://somebody:planted@192.0.2.1:6443"
+    named = write_kubeconfig(tmp_path / "named", url, {})
+    other = write_kubeconfig(tmp_path / "other", "https://192.0.2.1", {})
+    for each in ((named, None), (None, url), (other, url)):
+        with pytest.raises(ConfigError, match="has a user") as raised:
+            ApiConnection.from_options(*each)
+        assert "planted" not in str(raised.value)
+        assert "192.0.2.1:6443" in str(raised.value)
 
 
 def test_socks_proxy_without_pysocks_is_a_one_line_error() -> None:

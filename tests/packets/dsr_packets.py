@@ -37,7 +37,8 @@ NODE_B_MAC = "02:00:00:00:00:0b"
 NS = 10**9
 
 
-def _documents() -> list[manifests.Document]:
+def documents() -> list[manifests.Document]:
+    """Services of both."""
     made: list[manifests.Document] = []
     ranges = {"loadBalancerSourceRanges": ["198.51.100.128/25", "2001:db8:51::200/120"]}
     variants: list[tuple[str, dict[int, str], int, dict[str, Any]]] = [
@@ -72,7 +73,7 @@ def dsr_cluster() -> Iterator[PacketCluster]:
     """A cluster with DSR, and with XDP, which forwards a part of the packets."""
     with Lab(takes_xdp=True) as lab:
         options = ("--external-traffic-mode", "dsr", "--xdp", "generic")
-        made = PacketCluster(lab, *options, more=_documents())
+        made = PacketCluster(lab, *options, more=documents())
         for hop in (V4.node_b, V6.node_b):
             address = ["lladdr", NODE_B_MAC, "dev", "eth0", "nud", "permanent"]
             made.node.run(["ip", "neighbour", "replace", hop, *address])
@@ -98,6 +99,11 @@ def with_option(
     wire: Wire, family: FamilyAddresses, to: str, content: bytes, inner: Packet, device: str = "eth0"
 ) -> Packet:
     """A frame of the client whose IP header is followed by an option of any bytes."""
+    return frame_with_option(wire.mac(device), family, to, content, inner)
+
+
+def frame_with_option(mac: str, family: FamilyAddresses, to: str, content: bytes, inner: Packet) -> Packet:
+    """The same, addressed to a device with that link address."""
     data = raw(family.ip(family.client, to) / inner)
     if family.version == 4:
         size = 20 + len(content)
@@ -110,7 +116,7 @@ def with_option(
         length = struct.pack("!H", len(header) + len(data) - 40)
         data = data[:4] + length + b"\x3c" + data[7:40] + header + data[40:]
     number = 0x0800 if family.version == 4 else 0x86DD
-    return Ether(dst=wire.mac(device), src="02:00:00:00:00:99", type=number) / Raw(data)
+    return Ether(dst=mac, src="02:00:00:00:00:99", type=number) / Raw(data)
 
 
 def header_check(header: bytes) -> int:

@@ -15,7 +15,7 @@ from scapy.packet import Packet, Raw
 
 from ebpfproxy.datapath.abi.flow_layout import Entry, NatFlags
 from ebpfproxy.datapath.kernel.maps import MapSet
-from tests.packets.packet_cluster import PORTS, FamilyAddresses
+from tests.packets.packet_cluster import PORTS, V6, FamilyAddresses
 from tests.packets.wire import PASS, REDIRECT, Result, Wire, ip_of, with_right_checksums
 
 pytestmark = pytest.mark.root
@@ -325,6 +325,19 @@ def test_host_packet_at_egress_is_redirected_to_the_route_of_the_backend(
             wire.ingress(family.ip(family.remote_pod, family.node) / segment(protocol, target, seen, "SA")),
             *(family.web, service_port, family.node, own),
         )
+
+
+def test_host_packet_from_a_link_local_address_is_masqueraded(wire: Wire, protocol: str, port: int) -> None:
+    """The kernel's helper finds no route from such an address: the backend is not on this node for that."""
+    service_port, _, target = PORTS[protocol]
+    local = "fe80::7"
+    request = V6.ip(local, V6.web) / segment(protocol, port, service_port)
+    result = wire.egress(request)
+    source, snat_port, *backend = ends_of(result.packet)
+    assert (result.verdict, source, backend) == (REDIRECT, V6.node, [V6.remote_pod, target])
+    assert with_right_checksums(result.packet) == result.bytes
+    reply = V6.ip(V6.remote_pod, V6.node) / segment(protocol, target, snat_port, "SA")
+    assert_passed(wire.ingress(reply), V6.web, service_port, local, port)
 
 
 def test_host_to_a_local_pod_gets_the_source_address_of_the_pods_device(

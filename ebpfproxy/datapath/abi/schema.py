@@ -210,6 +210,8 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
 
 #: Only XDP programs use these.
 XDP_MAPS = frozenset({"flow_hops"})
+#: The size of a value depends on the capacity, as the number of entries does in others.
+SIZED_VALUES = frozenset({"flow_tags"})
 #: Programs refer to maps by these names. Sizes are not part of what is compiled.
 MAP_NAMES = tuple(sorted(spec.name for spec in map_specs(Capacity())))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections, SweepRecord
-from ebpfproxy.datapath.abi.schema import XDP_MAPS, MapSpec, map_specs, version_name
+from ebpfproxy.datapath.abi.schema import SIZED_VALUES, XDP_MAPS, MapSpec, map_specs, version_name
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray, map_of
 from ebpfproxy.datapath.kernel.libbpf import BpfError
@@ -133,11 +133,10 @@ def open_pinned(folder: Path) -> MapSet:
     Those that another version of ebpfproxy has made, with other names or structs, are left out. Raises
     BpfError where one can't be opened.
     """
-    home = folder / "maps"
+    specs = {spec.name: spec for spec in map_specs(Capacity())}
     maps: dict[str, Map] = {}
-    specs = {spec.name: spec for spec in map_specs(_capacity(home))}
     try:
-        for path in sorted(home.iterdir()):
+        for path in sorted((folder / "maps").iterdir()):
             if (spec := specs.get(path.name)) is not None and (found := _open(path, spec)) is not None:
                 maps[path.name] = found
     except BaseException:
@@ -148,17 +147,13 @@ def open_pinned(folder: Path) -> MapSet:
     return MapSet(folder, maps, adopted=True)
 
 
-def _capacity(home: Path) -> Capacity:
-    """The number of conntrack entries decides the struct of another map, too. Raises BpfError."""
-    with bpf.pinned(home / "conntrack") as fd:
-        return Capacity() if fd is None else Capacity(conntrack=bpf.map_info(fd).max_entries)
-
-
 def _open(path: Path, spec: MapSpec) -> Map | None:
     """The map that is pinned there, None where it has other structs. Raises BpfError."""
     fd = bpf.get_pinned(path)
     try:
         info = bpf.map_info(fd)
+        if spec.name in SIZED_VALUES:
+            spec = spec._replace(value_size=info.value_size)
         if (info.key_size, info.value_size) == (spec.key_size, spec.value_size):
             return map_of(fd, spec._replace(max_entries=info.max_entries))
     except BaseException:

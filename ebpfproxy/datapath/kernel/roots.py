@@ -43,6 +43,11 @@ def find_cgroup_root() -> Path:
     raise RootError("no cgroup v2 mount in /proc/self/mounts: mount one, or name a cgroup with --cgroup-root")
 
 
+def is_bpffs_at(place: Path) -> bool:
+    """True if a bpffs is mounted at ``place`` itself."""
+    return any(mount.kind == "bpf" and mount.point == place for mount in _mounts())
+
+
 def _on_bpffs(path: Path) -> bool:
     """True if ``path``, or the nearest folder above it that exists, is on a bpffs."""
     while not path.exists():

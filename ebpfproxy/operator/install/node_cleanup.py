@@ -38,7 +38,7 @@ def cleanup(daemon_set: Object, image: str) -> Object:
     spec: Object = {name: copy.deepcopy(pod[name]) for name in _AS_THEY_ARE if name in pod}
     # It sends no requests; the agent's own account is deleted meanwhile.
     spec["automountServiceAccountToken"] = False
-    # sleep is process 1, which SIGTERM does not end.
+    # What waits is process 1, which SIGTERM does not end.
     spec["terminationGracePeriodSeconds"] = 1
     spec["initContainers"] = [
         {
@@ -60,8 +60,9 @@ def cleanup(daemon_set: Object, image: str) -> Object:
             "name": "clean",
             "image": image,
             "imagePullPolicy": agent.get("imagePullPolicy", "IfNotPresent"),
-            "command": ["sleep", "infinity"],
-            "resources": {"requests": {"cpu": "1m", "memory": "8Mi"}},
+            # An image need not have more programs than the agent's.
+            "command": ["python3", "-c", "import signal; signal.pause()"],
+            "resources": {"requests": {"cpu": "1m", "memory": "16Mi"}},
             "securityContext": {
                 "runAsUser": 65534,
                 "runAsGroup": 65534,

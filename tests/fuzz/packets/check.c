@@ -35,7 +35,10 @@ void check(struct program *p, const struct frame *in, const struct result *r)
 		violated(RULE_VERDICT, p, in, r);
 		return;
 	}
-	if (!may_be_served(&v)) {
+	if (v.has_option && world.accepts_dsr && p->is_ingress && p->kind != KIND_XDP &&
+	    check_option(p, &v, in, r))
+		return;
+	if (!may_be_served(p, &v)) {
 		findings.unserved++;
 		if (r->verdict != pass)
 			violated(RULE_DROPPED, p, in, r);
@@ -44,6 +47,8 @@ void check(struct program *p, const struct frame *in, const struct result *r)
 	}
 	if (p->kind != KIND_XDP && r->verdict == 2) {
 		p->dropped++;
+		if (v.has_ports)
+			note_dropped(&v);
 		return;
 	}
 	if (!is_changed) {
@@ -55,9 +60,11 @@ void check(struct program *p, const struct frame *in, const struct result *r)
 		check_rejection(p, &v, &w, in, r);
 		return;
 	}
+	if (p->kind == KIND_XDP && r->verdict == pass)
+		violated(RULE_FORWARD, p, in, r);
 	p->translated++;
 	p->forwarded += r->verdict != pass;
 	if (v.version)
 		check_translation(p, &v, in, r);
-	keep_frame(&r->out);
+	keep_frames(p, in, &r->out, r->verdict != pass);
 }

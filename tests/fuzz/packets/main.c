@@ -7,7 +7,7 @@
  * WORLD is a text of lines: programs, frontends, backends, networks, seeds; see read_world(). Its
  * frames are changed, and what programs make of them is sent again and answered, so that flows come
  * into being. Nothing here shares code with the programs under test. The rules are in check.c,
- * translation.c and rejection.c.
+ * translation.c, option.c and rejection.c.
  *
  * Prints counts as JSON. Each packet whose result is wrong goes to VIOLATIONS, as a line of rule,
  * program, verdict, packet before and after.
@@ -22,7 +22,10 @@
 
 static void print_counts(void)
 {
-	printf("{\"unserved\": %lu, \"violations\": {", findings.unserved);
+	printf("{\"unserved\": %lu, \"packets\": %lu, \"bytes\": %lu, \"unsure_packets\": %lu, "
+	       "\"unsure_bytes\": %lu, \"violations\": {",
+	       findings.unserved, findings.packets, findings.bytes, findings.unsure_packets,
+	       findings.unsure_bytes);
 	for (int i = 0, any = 0; i < RULE_COUNT; i++)
 		if (findings.by_rule[i])
 			printf("%s\"%d\": %lu", any++ ? ", " : "", i, findings.by_rule[i]);
@@ -32,9 +35,9 @@ static void print_counts(void)
 
 		printf("%s{\"name\": \"%s\", \"runs\": %lu, \"passed\": %lu, \"dropped\": %lu, "
 		       "\"rejected\": %lu, \"translated\": %lu, \"forwarded\": %lu, "
-		       "\"refused\": %lu}",
+		       "\"refused\": %lu, \"option_sent\": %lu, \"option_taken\": %lu}",
 		       i ? ", " : "", p->name, p->runs, p->passed, p->dropped, p->rejected,
-		       p->translated, p->forwarded, p->refused);
+		       p->translated, p->forwarded, p->refused, p->option_sent, p->option_taken);
 	}
 	printf("]}\n");
 }

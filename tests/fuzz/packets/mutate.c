@@ -4,12 +4,6 @@
 
 #include "packets.h"
 
-#define POOL 4096
-
-/* What programs have translated. */
-static struct frame pool[POOL];
-static uint32_t pooled;
-
 /* xorshift64* */
 static uint64_t state;
 
@@ -52,7 +46,7 @@ static void set_address(const struct view *v, struct frame *f, uint32_t at, cons
 	memcpy(f->b + at, a->b + (is_v4 ? 12 : 0), is_v4 ? 4 : 16);
 }
 
-static void insert(struct frame *f, uint32_t at, const uint8_t *bytes, uint32_t size)
+void insert(struct frame *f, uint32_t at, const uint8_t *bytes, uint32_t size)
 {
 	if (at > f->length || f->length + size > LARGEST)
 		return;
@@ -61,7 +55,7 @@ static void insert(struct frame *f, uint32_t at, const uint8_t *bytes, uint32_t 
 	f->length += size;
 }
 
-static void lengthen(const struct view *v, struct frame *f, int by)
+void lengthen(const struct view *v, struct frame *f, int by)
 {
 	uint8_t *at = f->b + v->l3 + (v->version == 4 ? 2 : 4);
 
@@ -145,7 +139,7 @@ static void quote(const struct view *v, struct frame *f)
 }
 
 /* Exchanges the two ends, as a reply has them. */
-static void answer(const struct view *v, struct frame *f)
+void answer(const struct view *v, struct frame *f)
 {
 	const uint32_t size = v->version == 4 ? 4 : 16, at = v->l3 + (v->version == 4 ? 12 : 8);
 	uint8_t *b = f->b, kept[16];
@@ -166,7 +160,7 @@ static void answer(const struct view *v, struct frame *f)
 	}
 }
 
-static void fix_checksums(struct frame *f, uint32_t l3)
+void fix_checksums(struct frame *f, uint32_t l3)
 {
 	const struct view v = read_frame(f, l3);
 	const uint32_t end = end_of(&v, f);
@@ -214,7 +208,7 @@ static void mutate_once(struct frame *f, uint32_t l3)
 			b[rnd(f->length)] ^= 1 << rnd(8);
 		return;
 	}
-	switch (rnd(24)) {
+	switch (rnd(world.accepts_dsr ? 26 : 24)) {
 	case 0:
 		b[rnd(f->length < 120 ? f->length : 120)] ^= 1 << rnd(8);
 		break;
@@ -308,6 +302,10 @@ static void mutate_once(struct frame *f, uint32_t l3)
 	case 23:
 		answer(&v, f);
 		break;
+	default:
+		if (v.has_ports)
+			add_option(&v, f);
+		break;
 	}
 }
 
@@ -329,10 +327,9 @@ struct frame mutated(const struct program *p)
 	struct frame f;
 	uint32_t steps = one_in(4) ? 0 : 1 + rnd(one_in(3) ? 8 : 3);
 
-	if (pooled && one_in(2))
-		f = pool[rnd(pooled < POOL ? pooled : POOL)];
-	else
-		f = world.seeds[rnd(world.seed_count)];
+	if (one_in(p->kind == KIND_XDP ? 2 : 4) && frame_of_flow(p, &f) && !one_in(4))
+		return f;
+	f = any_frame();
 	if (p->kind == KIND_RAW)
 		to_raw(&f);
 	else if (!one_in(16))
@@ -349,10 +346,4 @@ struct frame mutated(const struct program *p)
 	if (!one_in(3))
 		fix_checksums(&f, l3);
 	return f;
-}
-
-/* It is changed and sent again, or answered. */
-void keep_frame(const struct frame *f)
-{
-	pool[rnd(POOL) % (++pooled < POOL ? pooled : POOL)] = *f;
 }

@@ -35,6 +35,11 @@ struct frame {
 	uint8_t b[ROOM];
 };
 
+struct result {
+	int verdict;
+	struct frame out;
+};
+
 static inline uint16_t get16(const uint8_t *p)
 {
 	return p[0] << 8 | p[1];
@@ -72,7 +77,9 @@ struct program {
 	int fd;
 	uint32_t ifindex, ingress;
 	uint8_t mac[6];
+	bool is_ingress, is_of_pods;
 	uint64_t runs, passed, dropped, rejected, translated, forwarded, refused;
+	uint64_t option_sent, option_taken;
 };
 
 struct endpoint {
@@ -80,6 +87,10 @@ struct endpoint {
 	uint16_t port;
 	uint8_t proto;
 	int service;
+	/* A frontend: clients outside reach backends of other nodes; ranges say which clients. */
+	bool is_outside, has_ranges, is_node_port;
+	/* A backend is on this node. */
+	bool is_here;
 };
 
 struct network {
@@ -91,11 +102,14 @@ extern struct world {
 	struct program programs[32];
 	struct endpoint frontends[1024], backends[256];
 	struct network networks[16];
-	addr addresses[256];
+	addr addresses[256], own[64], here[64];
 	struct frame *seeds;
 	uint32_t program_count, frontend_count, backend_count, network_count, address_count,
-		seed_count;
+		own_count, here_count, seed_count;
 	int limit_map;
+	/* The agent's options, the ports that stand for clients, and the MTU of its uplink. */
+	bool bypasses, has_xdp, sends_dsr, accepts_dsr;
+	uint32_t first_port, last_port, mtu;
 } world;
 
 void read_world(const char *path);
@@ -110,6 +124,10 @@ struct view {
 	uint8_t proto;
 	bool is_fragment, is_later, has_ports, is_error, chain_is_known;
 	uint32_t fragment_at;
+	/* The option of DSR, with the frontend that it names. */
+	bool has_option;
+	addr option_addr;
+	uint16_t option_port;
 	addr src, dst;
 	uint16_t sport, dport;
 	/* An ICMP error quotes a packet. */
@@ -123,6 +141,8 @@ struct view read_frame(const struct frame *f, uint32_t l3);
 struct view read_input(const struct program *p, const struct frame *f);
 uint32_t l3_of(const struct program *p);
 uint32_t end_of(const struct view *v, const struct frame *f);
+uint32_t option_size(const struct view *v);
+bool strip_option(const struct view *v, const struct frame *f, struct frame *plain);
 
 /* checksum.c */
 
@@ -136,7 +156,27 @@ uint16_t checksum(uint64_t sum);
 
 const struct endpoint *find_frontend(const addr *a, uint16_t port, uint8_t proto);
 const struct endpoint *find_backend(const addr *a, uint16_t port, uint8_t proto);
-bool may_be_served(const struct view *v);
+bool may_be_served(const struct program *p, const struct view *v);
+bool is_own(const addr *a);
+bool is_here(const addr *a);
+bool is_elsewhere(const addr *a);
+bool in_networks(const addr *a);
+bool has_backend_port(uint16_t port);
+bool is_service_step(const struct view *v, const struct view *w, bool *is_unsure);
+
+/* flows.c */
+
+/* The two ends of a packet. */
+struct ends {
+	addr src, dst;
+	uint16_t sport, dport;
+	uint8_t proto;
+};
+
+struct ends ends_of(const struct view *v);
+struct ends quoted_ends(const struct view *v);
+void note_translation(const struct ends *in, const struct ends *out);
+bool is_known_translation(const struct ends *in, const struct ends *out);
 
 /* mutate.c */
 
@@ -144,14 +184,28 @@ void seed_random(uint64_t seed);
 uint32_t rnd(uint32_t below);
 bool one_in(uint32_t n);
 struct frame mutated(const struct program *p);
-void keep_frame(const struct frame *f);
+void fix_checksums(struct frame *f, uint32_t l3);
+void answer(const struct view *v, struct frame *f);
+void insert(struct frame *f, uint32_t at, const uint8_t *bytes, uint32_t size);
+void lengthen(const struct view *v, struct frame *f, int by);
+
+/* pool.c */
+
+bool frame_of_flow(const struct program *p, struct frame *f);
+struct frame any_frame(void);
+void keep_frames(const struct program *p, const struct frame *in, const struct frame *out,
+		 bool is_sent_on);
+
+/* option.c */
+
+void add_option(const struct view *v, struct frame *f);
+bool check_option(struct program *p, const struct view *v, const struct frame *in,
+		  const struct result *r);
+void check_sent_option(struct program *p, const struct view *v, bool is_known,
+		       const struct frame *in, const struct result *r);
+uint32_t header_residue(const struct view *v, const struct frame *f);
 
 /* run.c */
-
-struct result {
-	int verdict;
-	struct frame out;
-};
 
 bool test_run(struct program *p, const struct frame *in, struct result *r);
 
@@ -179,12 +233,19 @@ enum rule {
 	RULE_NOTHING_SERVED,  /* what has no ports within it is not translated */
 	RULE_RUN,	      /* the kernel runs it */
 	RULE_REJECT_LIMIT,    /* no more ICMP errors than the kernel would send */
+	RULE_SOURCE,	      /* a client keeps its address, or gets one of this node's */
+	RULE_FORWARD,	      /* what a hook sends on itself is what the options say */
+	RULE_OPTION_SENT,  /* the option of DSR is on what begins a flow, and names its frontend */
+	RULE_OPTION_TAKEN, /* it is taken from what may have it, and nothing else is changed */
+	RULE_OPTION_REFUSED, /* what no node can have sent is dropped */
 	RULE_COUNT
 };
 
 extern struct findings {
 	FILE *report;
 	uint64_t violations, unserved, by_rule[RULE_COUNT];
+	/* Packets and bytes that Services have to count, and those of which nobody can tell. */
+	uint64_t packets, bytes, unsure_packets, unsure_bytes;
 } findings;
 
 void violated(enum rule rule, const struct program *p, const struct frame *in,
@@ -193,7 +254,8 @@ void check(struct program *p, const struct frame *in, const struct result *r);
 
 /* translation.c */
 
-void check_translation(const struct program *p, const struct view *v, const struct frame *in,
+void note_dropped(const struct view *v);
+void check_translation(struct program *p, const struct view *v, const struct frame *in,
 		       const struct result *r);
 
 /* rejection.c */

@@ -30,6 +30,33 @@ static uint32_t shortest(uint8_t proto)
 	return proto == TCP ? 20 : proto == SCTP ? 12 : 8;
 }
 
+static bool is_extension(uint8_t type)
+{
+	return type == 0 || type == ROUTING || type == DSTOPTS || type == AH || type == FRAGMENT;
+}
+
+static uint32_t extension_size(uint8_t type, const uint8_t *b)
+{
+	return type == FRAGMENT ? 8 : type == AH ? (b[1] + 2) * 4 : (b[1] + 1) * 8;
+}
+
+/* Finds the ports of a quoted packet; returns false where a later fragment has none. */
+static bool walk_quoted_chain(struct view *v, const uint8_t *b, uint32_t end)
+{
+	for (int i = 0; i < 6; i++) {
+		const uint32_t at = v->inner_l4;
+		const uint8_t type = v->inner_proto;
+
+		if (!is_extension(type))
+			return true;
+		if (at + 8 > end || (type == FRAGMENT && get16(b + at + 2) & 0xfff8))
+			return false;
+		v->inner_proto = b[at];
+		v->inner_l4 = at + extension_size(type, b + at);
+	}
+	return false;
+}
+
 static bool read_quoted(struct view *v, const struct frame *f, uint32_t at, uint32_t end)
 {
 	const uint8_t *b = f->b;
@@ -50,6 +77,8 @@ static bool read_quoted(struct view *v, const struct frame *f, uint32_t at, uint
 		v->inner_proto = b[at + 6];
 		v->inner_src = sixteen(b + at + 8);
 		v->inner_dst = sixteen(b + at + 24);
+		if (!walk_quoted_chain(v, b, end))
+			return false;
 	}
 	if (!has_ports(v->inner_proto) || v->inner_l4 + 8 > end)
 		return false;
@@ -66,8 +95,7 @@ static void walk_chain(struct view *v, const struct frame *f, uint32_t end)
 		const uint32_t at = v->l4;
 		const uint8_t next = v->proto;
 
-		if (next != 0 && next != ROUTING && next != DSTOPTS && next != AH &&
-		    next != FRAGMENT) {
+		if (!is_extension(next)) {
 			v->chain_is_known = true;
 			return;
 		}
@@ -78,15 +106,63 @@ static void walk_chain(struct view *v, const struct frame *f, uint32_t end)
 			v->fragment_at = at;
 			v->is_fragment = get16(b + at + 2) & 0xfff9;
 			v->is_later = get16(b + at + 2) & 0xfff8;
-			v->l4 = at + 8;
-			if (v->is_later) {
-				v->chain_is_known = true;
-				return;
-			}
-		} else {
-			v->l4 = at + (next == AH ? (b[at + 1] + 2) * 4 : (b[at + 1] + 1) * 8);
+		}
+		v->l4 = at + extension_size(next, b + at);
+		if (v->is_later) {
+			v->chain_is_known = true;
+			return;
 		}
 	}
+}
+
+/* The option of DSR lies behind the IP header: of IPv4's header, or an extension header. */
+static void read_option(struct view *v, const struct frame *f)
+{
+	const uint8_t *b = f->b + v->l3;
+
+	if (v->proto != TCP && v->proto != UDP)
+		return;
+	if (v->version == 4) {
+		if (!v->l3_length || v->l4 < v->l3 + 28 || b[20] != 0x9a || b[21] != 8)
+			return;
+		v->option_port = get16(b + 22);
+		v->option_addr = mapped(b + 24);
+	} else {
+		if (v->l3_length == 40 || v->l4 < v->l3 + 64 || b[6] != DSTOPTS || b[41] != 2 ||
+		    b[42] != 0x1b || b[43] != 20)
+			return;
+		v->option_addr = sixteen(b + 44);
+		v->option_port = get16(b + 60);
+		if (!memcmp(&v->option_addr, mapped(b).b, 12))
+			return;
+	}
+	v->has_option = true;
+}
+
+uint32_t option_size(const struct view *v)
+{
+	return v->version == 4 ? 8 : 24;
+}
+
+/* Makes the packet without the option that it has; the checksum of IPv4's header stays. */
+bool strip_option(const struct view *v, const struct frame *f, struct frame *plain)
+{
+	const uint32_t size = option_size(v), at = v->l3 + (v->version == 4 ? 20 : 40);
+	uint8_t *b = plain->b + v->l3;
+
+	if (!v->has_option)
+		return false;
+	plain->length = f->length - size;
+	memcpy(plain->b, f->b, at);
+	memcpy(plain->b + at, f->b + at + size, f->length - at - size);
+	if (v->version == 4) {
+		b[0] -= size / 4;
+		put16(b + 2, get16(b + 2) - size);
+	} else {
+		b[6] = f->b[at];
+		put16(b + 4, get16(b + 4) - size);
+	}
+	return true;
 }
 
 /* Reads a frame as a receiver does: what lies behind the end of the IP packet is padding. */
@@ -135,6 +211,7 @@ struct view read_frame(const struct frame *f, uint32_t l3)
 		v.has_ports = true;
 		v.sport = get16(b + v.l4);
 		v.dport = get16(b + v.l4 + 2);
+		read_option(&v, f);
 	} else if (v.proto == (v.version == 4 ? ICMP : ICMP6) && v.l4 + 8 <= end &&
 		   !v.is_fragment) {
 		const uint8_t kind = b[v.l4];

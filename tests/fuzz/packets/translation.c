@@ -56,43 +56,151 @@ static void check_inner(const struct program *p, const struct view *v, const str
 	}
 }
 
-static void check_ends(const struct program *p, const struct view *v, const struct view *w,
+/* Notes what may have become of a packet that was dropped after its flow had begun. */
+void note_dropped(const struct view *v)
+{
+	const struct endpoint *from = find_frontend(&v->dst, v->dport, v->proto);
+	const struct ends before = ends_of(v);
+
+	for (uint32_t i = 0; from && i < world.backend_count; i++) {
+		const struct endpoint *to = &world.backends[i];
+		struct ends after = before;
+
+		if (to->service != from->service)
+			continue;
+		after.dst = to->a;
+		after.dport = to->port;
+		note_translation(&before, &after);
+	}
+}
+
+/* Returns the frontend of a packet that becomes one to a backend of its Service, else NULL. */
+static const struct endpoint *requested(const struct view *v, const struct view *w)
+{
+	const struct endpoint *from = find_frontend(&v->dst, v->dport, v->proto);
+
+	for (uint32_t i = 0; from && i < world.backend_count; i++)
+		if (world.backends[i].service == from->service &&
+		    same_addr(&world.backends[i].a, &w->dst) && world.backends[i].port == w->dport)
+			return from;
+	return NULL;
+}
+
+static bool is_masquerade_port(uint16_t port)
+{
+	return port >= world.first_port && port <= world.last_port;
+}
+
+/* Says if a packet to a backend only gets another source, as where a client is masqueraded. */
+static bool is_other_source(const struct ends *before, const struct ends *after)
+{
+	return find_backend(&before->dst, before->dport, before->proto) &&
+	       same_addr(&before->dst, &after->dst) && before->dport == after->dport &&
+	       (same_addr(&before->src, &after->src) || is_own(&after->src));
+}
+
+/* Says if a request got one of this node's addresses, and not only kept one. */
+static bool is_masqueraded(const struct view *v, const struct view *w)
+{
+	return is_own(&w->src) && (!same_addr(&v->src, &w->src) || v->sport != w->sport);
+}
+
+/* Says if a hook may have sent a request on itself, as it did. */
+static bool may_send_on(const struct view *v, const struct view *w, const struct endpoint *frontend)
+{
+	const struct endpoint *to = find_backend(&w->dst, w->dport, w->proto);
+	const bool is_tcp_udp = v->proto == TCP || v->proto == UDP;
+
+	if (is_masqueraded(v, w))
+		return world.bypasses || (world.has_xdp && is_tcp_udp);
+	return world.sends_dsr && is_tcp_udp && same_addr(&v->src, &w->src) &&
+	       v->sport == w->sport && frontend->is_outside && to && !to->is_here;
+}
+
+/*
+ * The ends of a packet that a flow begins with, or that goes the same way, follow from the Services
+ * and the options; all others from those.
+ */
+static void check_ends(struct program *p, const struct view *v, const struct view *w,
 		       const struct frame *in, const struct result *r)
 {
-	const struct endpoint *from, *to;
+	const struct ends before = ends_of(v), after = ends_of(w);
+	const bool is_known = is_known_translation(&before, &after);
+	const bool is_sent_on = r->verdict != (p->kind == KIND_XDP ? 2 : -1);
+	const bool keeps_source = same_addr(&v->src, &w->src);
+	const struct endpoint *frontend = requested(v, w);
 
 	if (same_addr(&v->src, &w->src) && same_addr(&v->dst, &w->dst) && v->sport == w->sport &&
 	    v->dport == w->dport)
 		return;
-	/* One address may be backend and client, and a frontend's port may be a client's. */
-	from = find_frontend(&v->dst, v->dport, v->proto);
-	to = find_backend(&w->dst, w->dport, w->proto);
-	if (from && to) {
-		for (uint32_t i = 0; i < world.backend_count; i++)
-			if (world.backends[i].service == from->service &&
-			    same_addr(&world.backends[i].a, &w->dst) &&
-			    world.backends[i].port == w->dport)
-				return;
+	if (frontend && p->is_ingress) {
+		if (is_sent_on ? !may_send_on(v, w, frontend) : !keeps_source)
+			violated(RULE_FORWARD, p, in, r);
+		if (is_sent_on && !is_masqueraded(v, w)) {
+			/* A pod that has another's address follows that one's flow. */
+			if (p->is_of_pods && !is_known)
+				violated(RULE_FORWARD, p, in, r);
+			check_sent_option(p, v, is_known, in, r);
+		}
 	}
-	if (find_backend(&v->src, v->sport, v->proto))
+	if (is_known)
 		return;
-	if (find_backend(&v->dst, v->dport, v->proto) && same_addr(&v->dst, &w->dst) &&
-	    v->dport == w->dport)
+	if (!frontend && !is_other_source(&before, &after)) {
+		violated(RULE_ENDS, p, in, r);
 		return;
-	violated(RULE_ENDS, p, in, r);
+	}
+	if ((!keeps_source && !is_own(&w->src)) ||
+	    (v->sport != w->sport && !is_masquerade_port(w->sport)))
+		violated(RULE_SOURCE, p, in, r);
+	note_translation(&before, &after);
 }
 
-void check_translation(const struct program *p, const struct view *v, const struct frame *in,
-		       const struct result *r)
+/* An ICMP error is about a packet of a flow, whose sender gets it. */
+static void check_quoted_ends(const struct program *p, const struct view *v, const struct view *w,
+			      const struct frame *in, const struct result *r)
 {
-	const uint8_t *b = in->b, *o = r->out.b;
-	const struct view w = read_frame(&r->out, v->l3);
+	const struct ends quoted = quoted_ends(v), becomes = quoted_ends(w);
+	const struct ends before = { quoted.dst, quoted.src, quoted.dport, quoted.sport,
+				     quoted.proto };
+	const struct ends after = { becomes.dst, becomes.src, becomes.dport, becomes.sport,
+				    becomes.proto };
+
+	/* Where a client is to be masqueraded, an error may be earlier than the packet. */
+	if (!w->is_error ||
+	    (!is_known_translation(&before, &after) && !is_other_source(&before, &after)) ||
+	    (same_addr(&v->dst, &v->inner_src) && !same_addr(&w->dst, &w->inner_src)))
+		violated(RULE_ENDS, p, in, r);
+}
+
+/* Adds what the packet's Service has to count: its length is that of IP. */
+static void count_traffic(const struct view *v, const struct view *w)
+{
+	const uint32_t length = v->l3_length;
+	bool is_unsure;
+
+	if (v->is_error || !is_service_step(v, w, &is_unsure))
+		return;
+	if (is_unsure) {
+		findings.unsure_packets++;
+		findings.unsure_bytes += length;
+	} else {
+		findings.packets++;
+		findings.bytes += length;
+	}
+}
+
+/* What is sent with the option of DSR is translated as without. */
+static void check_plain(struct program *p, const struct view *v, const struct frame *in,
+			const struct result *r, const struct frame *out)
+{
+	const uint8_t *b = in->b, *o = out->b;
+	const struct view w = read_frame(out, v->l3);
 	const bool forwards = r->verdict != -1;
 	const uint32_t size = v->version == 4 ? 4 : 16, at = v->l3 + (v->version == 4 ? 12 : 8);
 	uint32_t hops = v->l3 + (v->version == 4 ? 8 : 7), check = v->l4;
 	uint8_t may[ROOM] = { 0 };
 
-	if (r->out.length != in->length) {
+	if (out->length != in->length) {
 		violated(RULE_LENGTH, p, in, r);
 		return;
 	}
@@ -111,8 +219,7 @@ void check_translation(const struct program *p, const struct view *v, const stru
 	}
 	if (v->version == 4) {
 		allow(may, v->l3 + 10, 2);
-		if (v->l4 <= in->length && residue(sum16(b + v->l3, v->l4 - v->l3)) !=
-						   residue(sum16(o + v->l3, v->l4 - v->l3)))
+		if (v->l4 <= in->length && header_residue(v, in) != header_residue(v, &r->out))
 			violated(RULE_IP_CHECK, p, in, r);
 	}
 	if (v->is_fragment)
@@ -143,7 +250,7 @@ void check_translation(const struct program *p, const struct view *v, const stru
 				violated(RULE_NO_CHECK, p, in, r);
 		} else {
 			allow(may, check, 2);
-			if (residue(covered(v, in)) != residue(covered(&w, &r->out)))
+			if (residue(covered(v, in)) != residue(covered(&w, out)))
 				violated(RULE_CHECK, p, in, r);
 			if (v->proto != TCP && is_zero16(o + check))
 				violated(RULE_NO_CHECK, p, in, r);
@@ -151,8 +258,9 @@ void check_translation(const struct program *p, const struct view *v, const stru
 	} else if (v->is_error) {
 		allow(may, v->l4 + 2, 2);
 		check_inner(p, v, in, r, may);
-		if (residue(covered(v, in)) != residue(covered(&w, &r->out)))
+		if (residue(covered(v, in)) != residue(covered(&w, out)))
 			violated(RULE_CHECK, p, in, r);
+		check_quoted_ends(p, v, &w, in, r);
 	}
 	for (uint32_t i = 0; i < in->length; i++) {
 		if (b[i] != o[i] && !may[i]) {
@@ -162,4 +270,21 @@ void check_translation(const struct program *p, const struct view *v, const stru
 	}
 	if (v->has_ports && w.version)
 		check_ends(p, v, &w, in, r);
+	count_traffic(v, &w);
+}
+
+void check_translation(struct program *p, const struct view *v, const struct frame *in,
+		       const struct result *r)
+{
+	const struct view w = read_frame(&r->out, v->l3);
+	struct frame plain;
+
+	/* A test run has a link layer, behind which the kernel makes room. */
+	if (p->kind == KIND_RAW && r->out.length == in->length + option_size(v))
+		return;
+	if (world.sends_dsr && p->is_ingress && r->verdict == 7 && !v->has_option &&
+	    strip_option(&w, &r->out, &plain))
+		check_plain(p, v, in, r, &plain);
+	else
+		check_plain(p, v, in, r, &r->out);
 }

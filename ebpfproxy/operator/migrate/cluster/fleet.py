@@ -308,11 +308,11 @@ def brief_of(done: Done) -> Brief:
     at = done.text.find("{\n")
     try:
         found, _ = json.JSONDecoder().raw_decode(done.text[at:] if at >= 0 else "")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JobError(done.words) from error
     try:
         return msgspec.convert(found, Brief)
-    except msgspec.ValidationError as error:
+    except ValueError as error:
         raise JobError(f"its image has another version of ebpfproxy: {error}") from error
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from pyroute2.ipset import IPSet
 from pyroute2.netlink.exceptions import NetlinkError
 
+from ebpfproxy.operator.migrate.node.tools import ToolError
+
 _FRONTENDS = ("EXTERNAL-IP", "EXTERNAL-IP-LOCAL", "LOAD-BALANCER")
 _NODE_PORTS = {
     "NODE-PORT-TCP": socket.IPPROTO_TCP,
@@ -74,7 +76,7 @@ def exists(sets: Any, name: str) -> bool:
 
 
 def frontends() -> Frontends:
-    """Returns empty ones in a kernel without ipsets."""
+    """Returns empty ones in a kernel without ipsets. Raises ToolError."""
     addresses: set[tuple[str, int, int]] = set()
     ports: set[tuple[int, int]] | None = None
     try:
@@ -92,7 +94,10 @@ def frontends() -> Frontends:
 
 
 def _entries(sets: Any, name: str) -> list[tuple[str, int, int]] | None:
-    """Returns address, port and protocol, as far as the set's type has them. None without such a set."""
+    """Returns address, port and protocol, as far as the set's type has them. None without such a set.
+
+    Raises ToolError.
+    """
     found = []
     try:
         for message in sets.list(name):
@@ -102,6 +107,9 @@ def _entries(sets: Any, name: str) -> list[tuple[str, int, int]] | None:
                 found.append((_address(entry.get_attr("IPSET_ATTR_IP_FROM")), port, protocol or 0))
     except NetlinkError:
         return None
+    except (AttributeError, TypeError) as error:
+        # pyroute2 leaves an attribute that it cannot decode as bytes.
+        raise ToolError(f"the kernel's list of the ipset {name} is not understood: {error}") from error
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from ebpfproxy.datapath.dump import FrontendRow
 from ebpfproxy.operator.migrate.node import iptables
 from ebpfproxy.operator.migrate.node.ipvs import VirtualServer
+from ebpfproxy.operator.migrate.node.tools import ToolError
 
 #: The endpoints of each frontend; they are empty where connections are refused.
 Frontends = dict[str, frozenset[str]]
@@ -66,9 +67,16 @@ class _Chains:
 
 
 def of_iptables(saved: str) -> Frontends:
-    """Reads one ``iptables-save``."""
+    """Reads one ``iptables-save``. Raises ToolError."""
+    try:
+        return _of_tables(iptables.parse(saved))
+    except (LookupError, RecursionError) as error:
+        raise ToolError(f"iptables-save printed a rule that is not understood: {error!r}") from error
+
+
+def _of_tables(tables: Iterable[iptables.Table]) -> Frontends:
     found: Frontends = {}
-    for table in iptables.parse(saved):
+    for table in tables:
         chains = _Chains(table)
         for chain, is_node_port in (
             ("KUBE-SERVICES", False),
@@ -93,9 +101,15 @@ def of_iptables(saved: str) -> Frontends:
 
 
 def of_nftables(listed: str) -> Frontends:
-    """Reads ``nft -j list ruleset``, or ``list table`` of one of kube-proxy's."""
+    """Reads ``nft -j list ruleset``, or ``list table`` of one of kube-proxy's. Raises ToolError."""
+    try:
+        return _of_objects(json.loads(listed)["nftables"])
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        raise ToolError(f"nft printed rules that are not understood: {error!r}") from error
+
+
+def _of_objects(objects: Iterable[dict[str, Any]]) -> Frontends:
     found: Frontends = {}
-    objects: list[dict[str, Any]] = json.loads(listed)["nftables"]
     for family in ("ip", "ip6"):
         maps: dict[str, list[Any]] = {}
         leads: dict[str, set[str]] = {}
@@ -202,7 +216,10 @@ def normal(found: Frontends) -> Frontends:
 
 def _normal(text: str) -> str:
     match = re.fullmatch(r"\[([^\]]+)\](.*)", text)
-    return f"[{ipaddress.ip_address(match[1])}]{match[2]}" if match else text
+    try:
+        return f"[{ipaddress.ip_address(match[1])}]{match[2]}" if match else text
+    except ValueError:
+        return text
 
 
 def unserved(ours: Frontends, theirs: Frontends) -> list[str]:

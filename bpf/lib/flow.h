@@ -293,8 +293,8 @@ static __always_inline bool host_address(struct __sk_buff *skb, const struct pac
 {
 	const struct inet_addr *src = &p->flow.src;
 	/*
-	 * The kernel's helper finds no route from ::1, a link-local or a multicast address, and does
-	 * not tell that from one to this host; so far @node is the unspecified address.
+	 * The kernel's helper finds no route from ::1, a link-local or a multicast address, and
+	 * does not tell that from one to this host; so far @node is the unspecified address.
 	 */
 	const struct inet_addr *from = is_martian(src) || addr_is_link_local6(src) ? node : src;
 	struct bpf_fib_lookup fib;

@@ -287,17 +287,16 @@ def replace(replacing: Replacing) -> None:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "affinity"),
+    ("place", "algorithm", "affinity"),
     [
-        (Algorithm.RANDOM, 0),
-        (Algorithm.RANDOM, 60),
+        ("sockets", Algorithm.RANDOM, 60),
+        ("packets", Algorithm.RANDOM, 0),
         # These look at each backend, and at one of many places in a table.
-        (Algorithm.LEAST_CONNECTIONS, 0),
-        (Algorithm.MAGLEV, 0),
+        ("sockets", Algorithm.LEAST_CONNECTIONS, 0),
+        ("packets", Algorithm.MAGLEV, 0),
     ],
-    ids=["random", "affinity", "least-connections", "maglev"],
+    ids=["sockets-affinity", "packets-random", "sockets-least-connections", "packets-maglev"],
 )
-@pytest.mark.parametrize("place", ["sockets", "packets"])
 def test_choices_during_a_change_are_of_the_old_set_or_of_the_new_one(
     pins: Path, cgroup: Path, cpus: tuple[int, int], place: str, algorithm: Algorithm, affinity: int
 ) -> None:

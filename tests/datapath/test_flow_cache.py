@@ -272,9 +272,12 @@ def test_flow_with_few_packets_leaves_its_slot(flows: Flows) -> None:
 
 def test_slot_in_use_is_renewed(flows: Flows) -> None:
     _, reply = flows.insert(1)
-    assert flows.reply(1)
     for _ in range(100):
-        # It has to be used within a quarter of a second after that.
+        flows.slots.admit(reply)
+        assert flows.reply(1)
+        # The next packet has to come soon after each of these steps, which it does not on a busy machine.
+        if flows.slots.nat(reply) is None:
+            continue
         flows.slots.expire(reply, 0.05)
         expired = flows.slots.nat(reply)
         assert expired is not None
@@ -282,8 +285,6 @@ def test_slot_in_use_is_renewed(flows: Flows) -> None:
         renewed = flows.slots.nat(reply)
         if renewed is not None and renewed.last > expired.last:
             break
-        flows.slots.admit(reply)
-        assert flows.reply(1)
     else:
         raise AssertionError("it is not renewed")
 

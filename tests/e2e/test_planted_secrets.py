@@ -175,7 +175,7 @@ def start(cluster: Cluster, path: Path, form: str) -> Agent:
     return cluster.node.agent("--kubeconfig", str(path), *options)
 
 
-@pytest.mark.parametrize(("kind", "form"), [("token", "text"), ("certificate", "json"), ("plugin", "text")])
+@pytest.mark.parametrize(("kind", "form"), [("token", "text"), ("plugin", "json")])
 def test_secrets_are_in_nothing_that_an_agent_says(
     cluster: Cluster, tmp_path: Path, kind: str, form: str
 ) -> None:

@@ -17,7 +17,7 @@ from tests.lab import Agent, Lab, clients
 from tests.lab.spaces import HAS_IPV6
 from tests.lab.waiting import until
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.kernels]
 
 PORTS = {
     clients.ask_tcp: (80, NODE_PORT),
@@ -40,12 +40,7 @@ class Cluster(OutsideClientCluster):
         self.running = self.agent(*self.options).start()
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        name if name == "default" else pytest.param(name, marks=pytest.mark.kernels) for name in VARIANTS
-    ],
-)
+@pytest.fixture(scope="module", params=VARIANTS)
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with Lab(takes_xdp=request.param == "xdp") as lab:
         yield Cluster(lab, VARIANTS[request.param])

@@ -69,12 +69,21 @@ def _file(name: str) -> Path | None:
 
 
 def commit() -> str:
-    """Returns the commit of this checkout, with a plus sign if files differ from it; nothing without git."""
-    known = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
+    """Returns the commit of this checkout, with a plus sign if files differ from it; nothing without git.
+
+    The page itself differs while a command runs.
+    """
     try:
-        return subprocess.run(known, check=True, capture_output=True, text=True).stdout.strip()
+        known = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs/tested*")
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return known + "+" * bool(changed)
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

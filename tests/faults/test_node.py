@@ -91,7 +91,7 @@ def test_log_on_a_full_disk(faulted: Faulted) -> None:
 
 def test_tables_of_services_that_are_full(faulted: Faulted) -> None:
     """Maps of Services, backends and slots without room: what was served stays served, and all is once there is room."""
-    agent = faulted.agent("--max-services", "50", "--max-backends", "215", "--max-slots", "300").start()
+    agent = faulted.agent("--max-services", "54", "--max-backends", "230", "--max-slots", "340").start()
     faulted.wait_equal()
     with faulted.under_load("tables of Services full"):
         for number in range(20):

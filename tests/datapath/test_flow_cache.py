@@ -36,12 +36,21 @@ ENDED = Seen.RST
 CLIENT_SENT, BACKEND_SENT = 1000, 5000
 
 
+def keys_of(number: int) -> tuple[bytes, bytes]:
+    """The keys of a flow's original and reply direction."""
+    client, port = struct.pack(">I", 0x64000000 + number), 1024 + number
+    original = pack_flow(Flow(client, FRONTEND, port, 80, 6, egress=False))
+    return original, pack_flow(Flow(BACKEND, client, 8080, port, 6, egress=True))
+
+
 class Flows:
     """A client's TCP flows to one backend, each with its two entries, and programs for their packets."""
 
     def __init__(self, opened: MapSet) -> None:
         self.maps = opened
         self.slots = FlowSlots(opened)
+        #: Flows whose next packet is to make their slot valid.
+        self.admitted: set[bytes] = set()
         home = loader.ensure_loaded(opened, OPTIONS, (PACKETS,))
         self.fds = {name: bpf.get_pinned(home / name) for name in ("from_device", "to_device")}
 
@@ -53,8 +62,7 @@ class Flows:
         """The keys of the original and the reply direction. ``admitted``: their next packets fill slots."""
         client, port = struct.pack(">I", 0x64000000 + number), 1024 + number
         now = time.monotonic_ns()
-        original = pack_flow(Flow(client, FRONTEND, port, 80, 6, egress=False))
-        reply = pack_flow(Flow(BACKEND, client, 8080, port, 6, egress=True))
+        original, reply = keys_of(number)
         common = (SERVICE, REMOVED_BACKEND)
         there = Nat(client, BACKEND, port, 8080, *common, NatFlags(0), Seen(0), now, now)
         back = Nat(FRONTEND, client, 80, port, *common, NatFlags.REPLY, Seen.REPLY, now, now)
@@ -63,6 +71,7 @@ class Flows:
             self.maps["conntrack"].update(key, pack_nat(key, nat._replace(end=end, acked=acked)))
             if admitted:
                 self.slots.admit(key)
+                self.admitted.add(key)
         return original, reply
 
     def _frame(self, number: int, *, reply: bool, flags: str, seq: int, ack: int, size: int) -> bytes:
@@ -74,7 +83,7 @@ class Flows:
     def send(self, number: int, *, flags: str = "A", seq: int = CLIENT_SENT, ack: int = BACKEND_SENT) -> bool:
         """The client sends; says if that was translated."""
         frame = self._frame(number, reply=False, flags=flags, seq=seq, ack=ack, size=0)
-        _, out, _ = run_program(self.fds["from_device"], frame, 1, 1)
+        _, out = self._run("from_device", frame, keys_of(number)[0])
         return ends(out)[1] == BACKEND
 
     def reply(
@@ -82,9 +91,19 @@ class Flows:
     ) -> bool:
         """The backend sends; says if that was translated."""
         frame = self._frame(number, reply=True, flags=flags, seq=seq, ack=ack, size=size)
-        verdict, out, _ = run_program(self.fds["to_device"], frame, 1, 1)
+        verdict, out = self._run("to_device", frame, keys_of(number)[1])
         assert verdict == PASS
         return ends(out)[0] == FRONTEND
+
+    def _run(self, program: str, frame: bytes, key: bytes) -> tuple[int, bytes]:
+        """The first packet of a flow that is admitted is sent again where it came too late to make its slot valid."""
+        for _ in range(20):
+            verdict, out, _ = run_program(self.fds[program], frame, 1, 1)
+            if key not in self.admitted or self.slots.value(key) is not None:
+                break
+            self.slots.admit(key)
+        self.admitted.discard(key)
+        return verdict, out
 
     def prepared_reply(self, number: int) -> PreparedRun:
         frame = self._frame(number, reply=True, flags="A", seq=BACKEND_SENT, ack=CLIENT_SENT, size=0)
@@ -146,6 +165,7 @@ def flows(loaded: Flows) -> Flows:
     for key in list(loaded.maps["conntrack"].keys()):
         loaded.maps["conntrack"].delete(key)
     loaded.epoch(0)
+    loaded.admitted.clear()
     return loaded
 
 
@@ -168,6 +188,7 @@ def test_packets_of_a_flow_that_has_lasted_are_translated_by_its_slot(flows: Flo
 def test_slot_is_valid_some_time_after_it_was_filled(flows: Flows) -> None:
     """Until then conntrack has the sequence numbers."""
     _, reply = flows.insert(1)
+    flows.admitted.clear()
     value = flows.maps["conntrack"].lookup(reply)
     assert value is not None
     flows.slots.fill(reply, value, time.monotonic_ns() + 10**9)
@@ -223,6 +244,7 @@ def test_slot_of_a_group_whose_time_has_passed_is_not_used(flows: Flows) -> None
 def test_group_counts_as_used_for_longer_than_its_slots(flows: Flows) -> None:
     """A slot may be renewed until half a second after it was filled or renewed."""
     _, reply = flows.insert(1)
+    flows.admitted.clear()
     flows.slots.clear(reply)
     flows.slots.end_group(reply)
     for wanted in ("filled", "valid"):
@@ -243,9 +265,13 @@ def test_time_of_a_group_that_passed_long_ago_is_set_anew(flows: Flows, ahead: i
     """It has 32 bits, for 52 days: weeks later it may look like one to come."""
     _, reply = flows.insert(1)
     assert flows.reply(1)
-    flows.slots.set_group(reply, ahead * 10**9)
-    flows.slots.admit(reply, keeps_group=True)
-    assert flows.reply(1)
+    for _ in range(20):
+        flows.slots.set_group(reply, ahead * 10**9)
+        flows.slots.admit(reply, keeps_group=True)
+        assert flows.reply(1)
+        # On a busy machine it comes too late.
+        if flows.slots.nat(reply) is not None:
+            break
     assert flows.slots.nat(reply) is not None
     assert 0.5 < flows.slots.group_seconds(reply) < 1.1
 

@@ -134,6 +134,8 @@ static __always_inline int make_error(struct __sk_buff *skb, const struct packet
 	barrier_var(quoted);
 	if (quoted > QUOTED)
 		quoted = QUOTED;
+	/* A copy on the stack that is older than the comparison has no bounds before Linux 6.8. */
+	barrier_var(quoted);
 	if (bpf_skb_load_bytes(skb, L3_OFFSET, reply->bytes + sizeof(*icmp), quoted))
 		return -1;
 	icmp->rest = bpf_htonl(mtu);
@@ -167,6 +169,7 @@ static __always_inline int write_reply(struct __sk_buff *skb, const struct packe
 	barrier_var(size);
 	if (size > sizeof(reply->bytes))
 		return -1;
+	barrier_var(size);
 	barrier_var(check_at);
 	if (check_at > TCP_CHECK)
 		return -1;

@@ -134,7 +134,7 @@ static __always_inline int make_error(struct __sk_buff *skb, const struct packet
 	barrier_var(quoted);
 	if (quoted > QUOTED)
 		quoted = QUOTED;
-	/* A copy on the stack that is older than the comparison has no bounds before Linux 6.8. */
+	/* For the verifier of Linux 6.1 an older copy of it on the stack has no bounds. */
 	barrier_var(quoted);
 	if (bpf_skb_load_bytes(skb, L3_OFFSET, reply->bytes + sizeof(*icmp), quoted))
 		return -1;

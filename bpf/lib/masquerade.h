@@ -151,7 +151,7 @@ static __always_inline enum insert insert_with_port(struct scratch *s)
 /*
  * Inserts the reply direction's entry of a flow with a free port: @s->key lacks only its dport, the
  * port that stands for the client, and @s->nat is what replies become. Leaves the port in @s->key.
- * That which the flow had before it was closed, in the entry @known, is tried first.
+ * The port that the flow had before it was closed, in the entry @known, is tried first.
  */
 static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s,
 					     const struct nat *known)

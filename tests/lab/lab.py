@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from ebpfproxy.config.datapath import BPFFS
 from ebpfproxy.datapath.kernel.roots import ensure_bpffs, find_cgroup_root, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
 from tests.lab import clients, cni, ethtool
+from tests.lab.addresses import add_address, add_route
 from tests.lab.foreign_programs import check_cgroup_root
 from tests.lab.processes import Served
 from tests.lab.spaces import HAS_IPV6, Space, enter_namespace, leave_namespace, namespace_restored
@@ -178,20 +178,20 @@ class LabNode(Space):
         with routes_of(self.netns) as outside:
             outside.link("add", ifname=link, kind="veth", peer={"ifname": "eth0", "net_ns_fd": pod.netns})
             index = outside.link_lookup(ifname=link)[0]
-            _address(outside, index, gateway, 32)
-            _address(outside, index, gateway6, 128)
+            add_address(outside, index, gateway, 32)
+            add_address(outside, index, gateway6, 128)
             outside.link("set", index=index, state="up")
-            _add_route(outside, index, f"{pod.address}/32", scope="link")
-            _add_route(outside, index, f"{pod.address6}/128")
+            add_route(outside, index, f"{pod.address}/32", scope="link")
+            add_route(outside, index, f"{pod.address6}/128")
         with routes_of(pod.netns) as inside:
             index = inside.link_lookup(ifname="eth0")[0]
-            _address(inside, index, pod.address, 32)
-            _address(inside, index, pod.address6, 128)
+            add_address(inside, index, pod.address, 32)
+            add_address(inside, index, pod.address6, 128)
             inside.link("set", index=index, state="up")
-            _add_route(inside, index, f"{gateway}/32", scope="link")
-            _add_route(inside, index, f"{gateway6}/128")
-            _add_route(inside, index, "default", gateway)
-            _add_route(inside, index, "default", gateway6)
+            add_route(inside, index, f"{gateway}/32", scope="link")
+            add_route(inside, index, f"{gateway6}/128")
+            add_route(inside, index, "default", gateway)
+            add_route(inside, index, "default", gateway6)
         return pod
 
     def agent(self, *arguments: str, manifests: Path | None = None) -> Agent:
@@ -216,27 +216,6 @@ def routes_of(name: str) -> Any:
         return IPRoute()
 
 
-def _address(where: Any, index: int, address: str, prefix: int) -> None:
-    if not _is_known(address):
-        return
-    # IFA_F_NODAD: the address is usable without duplicate address detection.
-    options = {"flags": 0x02} if ":" in address else {}
-    where.addr("add", index=index, address=address, prefixlen=prefix, **options)
-
-
-def _add_route(where: Any, index: int, to: str, gateway: str = "", **options: Any) -> None:
-    """``to``: an address, a CIDR or "default"."""
-    if not _is_known(gateway + to):
-        return
-    family = socket.AF_INET6 if ":" in gateway + to else socket.AF_INET
-    through = {"gateway": gateway} if gateway else {}
-    where.route(options.pop("command", "add"), dst=to, oif=index, family=family, **through, **options)
-
-
-def _is_known(address: str) -> bool:
-    return HAS_IPV6 or ":" not in address
-
-
 OUTSIDE, OUTSIDE6 = "172.18.0.254", "fd00:172:18::fe"
 
 
@@ -250,7 +229,7 @@ class Outside(Space):
         gateway = node.address6 if ":" in destination else node.address
         with routes_of(self.netns) as routes:
             index = routes.link_lookup(ifname="eth0")[0]
-            _add_route(routes, index, destination, gateway, command="replace")
+            add_route(routes, index, destination, gateway, command="replace")
 
 
 class Lab:
@@ -330,8 +309,8 @@ class Lab:
         if self._takes_xdp:
             self.switch.call(ethtool.turn, port, {"gro": True})
         index = made.link_lookup(ifname="eth0")[0]
-        _address(made, index, address, 24)
-        _address(made, index, address6, 64)
+        add_address(made, index, address, 24)
+        add_address(made, index, address6, 64)
         made.link("set", index=index, state="up")
         return made
 
@@ -358,8 +337,8 @@ class Lab:
         node = LabNode(self, name, number)
         with self._plug(node.netns, f"n{number}", node.address, node.address6) as made:
             index = made.link_lookup(ifname="eth0")[0]
-            _add_route(made, index, "default", OUTSIDE)
-            _add_route(made, index, "default", OUTSIDE6)
+            add_route(made, index, "default", OUTSIDE)
+            add_route(made, index, "default", OUTSIDE6)
         for other in self.nodes if self._routes_pods else ():
             _route(node, other)
             _route(other, node)
@@ -422,8 +401,8 @@ def _set_sysctls() -> None:
 def _route(here: LabNode, there: LabNode) -> None:
     with routes_of(here.netns) as routes:
         index = routes.link_lookup(ifname="eth0")[0]
-        _add_route(routes, index, f"10.244.{there.number}.0/24", there.address)
-        _add_route(routes, index, f"fd00:10:244:{there.number}::/64", there.address6)
+        add_route(routes, index, f"10.244.{there.number}.0/24", there.address)
+        add_route(routes, index, f"fd00:10:244:{there.number}::/64", there.address6)
 
 
 def remove_leftovers(lab_id: str) -> None:

@@ -3,8 +3,8 @@
 # versions, or those of the folder of locks in $2. Beside the system's packages the environment's own come first.
 set -eu
 
-packages="bpftool chromium clang clang-format curl iperf3 iproute2 iptables libbpf1 libcap2-bin musl-tools nftables nginx-light procps
-prometheus python3-bpfcc python3-pip python3-venv runc socat tcpdump util-linux wrk"
+packages="bpftool busybox-static chromium clang clang-format curl iperf3 iproute2 iptables libbpf1 libcap2-bin musl-tools nftables nginx-light procps
+prometheus python3-bpfcc python3-pip python3-venv qemu-system-x86 runc socat tcpdump util-linux wrk"
 
 missing=
 for package in $packages; do

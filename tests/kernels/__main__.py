@@ -17,15 +17,16 @@ from pathlib import Path
 from tests import tested
 from tests.kernels import machine, report
 from tests.kernels.kernels import AGAIN, GROUPS, KERNELS, SETTINGS, Kernel
+from tests.kernels.packages import install_tools
 from tests.kernels.results import Run, folded
-from tests.kernels.root import TOP, Root, install_tools
+from tests.kernels.root import TOP, Root
 
 #: Consoles of the last runs.
 CONSOLES = TOP / ".kernels"
 #: The name under which results are kept.
 KEPT = "kernels"
 _ALL = KERNELS | SETTINGS
-_TOOLS = (("mmdebstrap", "mmdebstrap"), ("qemu-system-x86_64", "qemu-system-x86"), ("mkfs.ext4", "e2fsprogs"))
+_TOOLS = (("mmdebstrap", "mmdebstrap"), ("mkfs.ext4", "e2fsprogs"))
 
 
 def main() -> int:
@@ -73,7 +74,7 @@ def _run(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
     all_good = True
     for name, kernel in kernels.items():
         began = time.monotonic()
-        run = machine.boot(kernel, root, releases[name], disk, CONSOLES / f"{name}.console", minutes)
+        run = _boot(kernel, root, releases[name], disk, minutes)
         run.day, run.seconds = date.today().isoformat(), time.monotonic() - began
         run.commit = commit
         if not run.complete:
@@ -91,6 +92,12 @@ def _run(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
     return all_good
 
 
+def _boot(kernel: Kernel, root: Root, release: str, disk: Path, minutes: float) -> Run:
+    return machine.boot(
+        machine.on_disk(kernel, root, release, disk), CONSOLES / f"{kernel.name}.console", minutes
+    )
+
+
 def _run_again(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
     """Runs what failed alone: much depends on how slow the emulator is beside other load."""
     root = Root(work)
@@ -105,7 +112,7 @@ def _run_again(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
     for name, release in releases.items():
         kernel = kernels[name]._replace(groups=(AGAIN,))
         began = time.monotonic()
-        run = machine.boot(kernel, root, release, disk, CONSOLES / f"{name}.console", minutes)
+        run = _boot(kernel, root, release, disk, minutes)
         before[name] = report.repeated(before[name], run, time.monotonic() - began)
         _keep(name, before[name])
     return all(report.good(kernels[name], run) for name, run in before.items())

@@ -16,6 +16,7 @@ from ebpfproxy.cli import main
 from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.output import age, emit, plain
 from ebpfproxy.datapath.dump import BackendRef
+from ebpfproxy.datapath.kernel.roots import RootError, ensure_bpffs
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -206,6 +207,13 @@ def test_run_reports_invalid_roots(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert f"--cgroup-root {tmp_path}: not a cgroup v2 folder" in done.stderr
+
+
+def test_a_bpffs_is_mounted_over_an_empty_folder_alone(tmp_path: Path) -> None:
+    """--bpf-root /proc would take the processes from the whole node."""
+    (tmp_path / "file").touch()
+    with pytest.raises(RootError, match=f"^--bpf-root {tmp_path}: no bpffs, and not empty"):
+        ensure_bpffs(tmp_path)
 
 
 def test_json_and_yaml_output_are_equal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,15 +59,20 @@ def _on_bpffs(path: Path) -> bool:
 def ensure_bpffs(root: Path) -> bool:
     """Makes ``root`` a folder on a bpffs, mounting one there where none is. True if it was mounted.
 
-    Raises RootError.
+    Raises RootError, also for a folder with anything in it, which the mount would hide: /proc is one.
     """
     if _on_bpffs(root):
         root.mkdir(parents=True, exist_ok=True)
         return False
     try:
         root.mkdir(parents=True, exist_ok=True)
+        is_empty = next(root.iterdir(), None) is None
     except OSError as error:
         raise RootError(f"--bpf-root {root}: {error.strerror}") from error
+    if not is_empty:
+        raise RootError(
+            f"--bpf-root {root}: no bpffs, and not empty: one that is mounted there would hide what is in it"
+        )
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"bpf", os.fsencode(root), b"bpf", 0, b"mode=0700") != 0:
         raise RootError(f"--bpf-root {root}: cannot mount a bpffs there: {os.strerror(ctypes.get_errno())}")

@@ -169,17 +169,22 @@ class IpvsCluster(Migration):
                 (self.client, "udp", WEB[is_v6], 53),
                 (self.client, "tcp", STICKY[is_v6], OWN_PORT),
                 (self.a, "tcp", WEB[is_v6], 80),
-                (self.a, "udp", WEB[is_v6], 53),
                 (self.outside, "tcp", node, NODE_PORT),
                 (self.outside, "udp", node, UDP_NODE_PORT),
             ]
         return [*found, (self.outside, "tcp", self.a.address, OWN_PORT)]
 
     def loads(self) -> list[RequestLoad]:
-        """The loads send fewer requests, because an emulator is slow."""
+        """The loads send fewer requests, because an emulator is slow.
+
+        The host's connected datagram sockets are among them, so that netfilter does not forget them: IPVS goes on to
+        send their packets to the endpoint, but what masqueraded them has gone with kube-proxy's rules.
+        """
         targets = [
             (self.client, "tcp", WEB[False], 80),
             (self.client, "udp", WEB[True], 53),
+            (self.a, "udp", WEB[False], 53),
+            (self.a, "udp", WEB[True], 53),
             (self.outside, "tcp", self.a.address6, NODE_PORT),
             (self.outside, "udp", self.a.address, UDP_NODE_PORT),
         ]

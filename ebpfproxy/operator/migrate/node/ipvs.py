@@ -10,8 +10,8 @@ begins meanwhile, before IPVS sees it.
 Two limits. IPVS gives an endpoint's answer the Service's address wherever it remembers the client's port,
 also in TIME_WAIT (ip_vs_out_hook): a connection to the endpoint itself from such a port gets none. And a
 connected UDP socket of the host has an address of the device as its own, which netfilter masquerades for as
-long as it remembers the flow (nf_conntrack_udp_timeout, nf_conntrack_udp_timeout_stream): after a longer pause
-its datagrams get no answer.
+long as it remembers the flow (nf_conntrack_udp_timeout, nf_conntrack_udp_timeout_stream): after a longer
+pause its datagrams get no answer.
 """
 
 from __future__ import annotations

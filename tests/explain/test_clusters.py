@@ -41,6 +41,7 @@ from ebpfproxy.services.model import FrontendKind, Protocol, ServicePortKey, for
 from ebpfproxy.services.reasons import ServiceReasons
 from tests.datapath.conftest import pins as pins  # noqa: PLC0414 - a fixture
 from tests.datapath.writing import Bench
+from tests.examples import examples
 from tests.recordings import RecordTracker, changed
 from tests.services import naive
 from tests.services.test_cases import CASES, NODE, replaced
@@ -179,7 +180,7 @@ def test_every_case_is_explained_as_the_maps_have_it(bench: Bench) -> None:
 
 
 @settings(
-    max_examples=1000,
+    max_examples=examples(400),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

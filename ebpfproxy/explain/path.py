@@ -286,7 +286,7 @@ def _frontend_of_packet(target: Target, tables: Tables, scope: Scope) -> Service
 
 def _masquerade(entry: ServiceEntry, options: Options, *, is_inside: bool, is_at_home: bool) -> Masquerade:
     """``must_masquerade``, but for the backend, which is the client itself in a hairpin."""
-    if options.masquerade_all:
+    if options.masquerade_all and not entry.flags & ServiceFlags.TWO_SCOPES:
         return Masquerade(applies=True, why="masqueradeAll is set")
     if is_at_home:
         return Masquerade(applies=False, why="a pod of this node keeps its address", hairpin=True)

@@ -343,6 +343,8 @@ def _of_host(client: Client, target: Target, tables: Tables, programs: Programs)
         return _own(hook, entry)
     source = programs.source_towards(target.address) or client.address(len(target.address))
     ranges = _ranges(entry, tables, source)
+    if ranges is Ranges.DENIED and is_here and source == target.address and entry.flags & ServiceFlags.HOST:
+        ranges = Ranges.ALLOWED
     if ranges is Ranges.DENIED:
         return _denied(hook, Scope.INTERNAL, entry, source)
     masquerade = Masquerade(applies=True, why="this host's packets get its address towards the backend")

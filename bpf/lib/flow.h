@@ -31,7 +31,8 @@ static __always_inline bool masquerades_all(const struct service *svc)
 
 /*
  * Says if the backend must not see the client's address: its reply would not come through us, or
- * the traffic policy says so. The backend of a pod of another node may be next to it.
+ * kube-proxy hides it. Policy Local keeps it for external traffic alone; at a cluster IP every
+ * client outside is masqueraded. The backend of a pod of another node may be next to it.
  */
 static __always_inline bool must_masquerade(const struct scratch *s, const struct packet *p,
 					    const struct backend *backend)
@@ -43,7 +44,7 @@ static __always_inline bool must_masquerade(const struct scratch *s, const struc
 	if (s->place == PLACE_THIS_NODE ||
 	    (s->place == PLACE_OTHER_NODE && svc->kind == KIND_CLUSTER_IP))
 		return false;
-	return !(svc->flags & SERVICE_LOCAL);
+	return svc->kind == KIND_CLUSTER_IP || !(svc->flags & SERVICE_LOCAL);
 }
 
 /*

@@ -290,11 +290,14 @@ def _masquerade(entry: ServiceEntry, options: Options, *, is_inside: bool, is_at
         return Masquerade(applies=True, why="masqueradeAll is set")
     if is_at_home:
         return Masquerade(applies=False, why="a pod of this node keeps its address", hairpin=True)
+    if entry.kind is FrontendKind.CLUSTER_IP:
+        why = "traffic from outside to a cluster IP: replies have to come back here"
+        return Masquerade(applies=True, why=why)
     if entry.policy is Policy.LOCAL:
         return Masquerade(applies=False, why="traffic policy Local keeps the client's address", hairpin=True)
     if is_inside:
         return Masquerade(applies=True, why="a pod of another node: replies have to come back here")
-    if options.dsr_sends and entry.kind is not FrontendKind.CLUSTER_IP:
+    if options.dsr_sends:
         return Masquerade(applies=False, why="DSR: the backend's node answers", hairpin=True, dsr=True)
     return Masquerade(
         applies=True, why="traffic from outside under policy Cluster: replies have to come back here"

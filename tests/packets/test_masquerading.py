@@ -25,8 +25,10 @@ FRONTENDS = (
 @pytest.fixture(scope="module", params=[[], ["--masquerade-all"]], ids=["default", "all"])
 def node(request: pytest.FixtureRequest) -> Iterator[tuple[Wire, bool]]:
     """The node, and whether masqueradeAll is set."""
-    ports = [{"name": each.lower(), "port": port, "protocol": each} for each, (port, *_) in PORTS.items()]
-    targets = [{**port, "port": PORTS[port["protocol"]][2]} for port in ports]
+    ports = [{"name": each.lower(), "port": port, "protocol": each} for each, (port, _, _) in PORTS.items()]
+    targets = [
+        {"name": each.lower(), "port": target, "protocol": each} for each, (_, _, target) in PORTS.items()
+    ]
     inside = manifests.service(
         "inside", clusterIPs=list(_INTERNAL_LOCAL.values()), internalTrafficPolicy="Local", ports=ports
     )

@@ -93,6 +93,12 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 	if (!conntrack_read(&p->flow, &scratch_of(p)->entry) || nat->flags & NAT_OWN ||
 	    is_left_to_below(skb, p, nat))
 		return PASS;
+	/*
+	 * The client has asked for a frontend, and has no use for a better way to the backend. To
+	 * drop this is no event: it is mere advice, mostly of this node's kernel.
+	 */
+	if (p->tcp_flags == ICMP_REDIRECT)
+		return DROP;
 	if (rewrite_error(skb, p, nat))
 		return drop(EVENT_REWRITE);
 	/* With DSR this node's netfilter has seen no packet of the flow: it would be invalid there.

@@ -58,10 +58,7 @@ class RecordTracker(Tracker):
 def wanted(resource: Resource, item: dict[str, Any]) -> bool:
     """Returns True for objects that the watches' selectors match."""
     labels = item["metadata"].get("labels") or {}
-    unwanted = {"service.kubernetes.io/headless"}
-    if resource is Resource.ENDPOINTSLICES:
-        unwanted |= {"service.kubernetes.io/service-proxy-name"}
-    return resource is Resource.NODES or not labels.keys() & unwanted
+    return resource is not Resource.ENDPOINTSLICES or "service.kubernetes.io/headless" not in labels
 
 
 def as_events(content: dict[Resource, list[dict[str, Any]]]) -> list[Replaced[object]]:

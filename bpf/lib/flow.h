@@ -20,20 +20,31 @@
 #include "xdp.h"
 
 /*
+ * Says if masqueradeAll applies: clients of a frontend with externalTrafficPolicy Local keep their
+ * address, since in kube-proxy the option is about cluster IPs alone. Other external traffic is
+ * masqueraded there in any case.
+ */
+static __always_inline bool masquerades_all(const struct service *svc)
+{
+	return MASQUERADE_ALL && !(svc->flags & SERVICE_TWO_SCOPES);
+}
+
+/*
  * Says if the backend must not see the client's address: its reply would not come through us, or
- * the traffic policy says so. The backend of a pod of another node may be next to it.
+ * kube-proxy hides it. Policy Local keeps it for external traffic alone; at a cluster IP every
+ * client outside is masqueraded. The backend of a pod of another node may be next to it.
  */
 static __always_inline bool must_masquerade(const struct scratch *s, const struct packet *p,
 					    const struct backend *backend)
 {
 	const struct service *svc = &s->service;
 
-	if (MASQUERADE_ALL || addr_equal(&p->flow.src, &backend->addr))
+	if (masquerades_all(svc) || addr_equal(&p->flow.src, &backend->addr))
 		return true;
 	if (s->place == PLACE_THIS_NODE ||
 	    (s->place == PLACE_OTHER_NODE && svc->kind == KIND_CLUSTER_IP))
 		return false;
-	return !(svc->flags & SERVICE_LOCAL);
+	return svc->kind == KIND_CLUSTER_IP || !(svc->flags & SERVICE_LOCAL);
 }
 
 /*

@@ -121,6 +121,19 @@ static __always_inline void set_client(struct client *client, const struct packe
 }
 
 /*
+ * Says if source ranges do not allow a packet. To an address of its own this host sends from that
+ * address, which stands for the node's there, as in kube-proxy (allowFromNode).
+ */
+static __always_inline bool is_denied(const struct service *svc, const struct flow *flow)
+{
+	if (!(svc->flags & SERVICE_SOURCES))
+		return false;
+	if (AT_LOOPBACK && svc->flags & SERVICE_HOST && addr_equal(&flow->src, &flow->dst))
+		return false;
+	return !source_allowed(svc, &flow->src);
+}
+
+/*
  * Chooses the backend of a new flow. Returns NULL where no backend may or can serve it, with the
  * packet's verdict in @verdict.
  */
@@ -130,7 +143,7 @@ static __always_inline struct backend *backend_for(const struct packet *p, struc
 	const struct service *svc = &s->service;
 	struct backend *backend = NULL;
 
-	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src)) {
+	if (is_denied(svc, &p->flow)) {
 		*verdict = drop(EVENT_SOURCE_RANGE);
 		return NULL;
 	}

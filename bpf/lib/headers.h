@@ -85,6 +85,7 @@ struct icmp_header {
 #define ICMP_ECHO	      8
 #define ICMP_UNREACHABLE      3
 #define ICMP_SOURCE_QUENCH    4
+#define ICMP_REDIRECT	      5
 #define ICMP_TIME_EXCEEDED    11
 #define ICMP_PARAMETER	      12
 #define ICMP_PORT_UNREACHABLE 3

@@ -215,7 +215,8 @@ static __always_inline enum parse_result read_icmp(struct __sk_buff *skb, struct
 		struct ipv4_header ip;
 
 		if (icmp.type != ICMP_UNREACHABLE && icmp.type != ICMP_SOURCE_QUENCH &&
-		    icmp.type != ICMP_TIME_EXCEEDED && icmp.type != ICMP_PARAMETER)
+		    icmp.type != ICMP_REDIRECT && icmp.type != ICMP_TIME_EXCEEDED &&
+		    icmp.type != ICMP_PARAMETER)
 			return PARSE_OTHER;
 		if (bpf_skb_load_bytes(skb, p->inner_l3, &ip, sizeof(ip)))
 			return PARSE_TRUNCATED;

@@ -89,7 +89,10 @@ class Iptables(_Api, frozen=True):
     masquerade_bit: Annotated[Int32, Flag("--iptables-masquerade-bit"), IGNORED] = 14
     masquerade_all: Annotated[
         bool,
-        Meta(description="Masquerade all traffic through Services in packets."),
+        Meta(
+            description="Masquerade all traffic through Services in packets, "
+            "but that of externalTrafficPolicy Local."
+        ),
         Flag("--masquerade-all"),
     ] = False
     localhost_node_ports: Annotated[bool, Flag("--iptables-localhost-nodeports")] = True

@@ -144,7 +144,7 @@ class EbpfProxyConfiguration(
             "Cluster. snat: masqueraded, replies come back through the same node. dsr: with their own "
             "address, and the backend's node answers them (direct server return). dsr-accept: as snat, but "
             "answers requests that other nodes have sent with dsr: every node needs it before the first "
-            "gets dsr. With masqueradeAll everything is masqueraded."
+            "gets dsr. With masqueradeAll these clients are masqueraded."
         ),
         Flag("--external-traffic-mode"),
     ] = ExternalTraffic.SNAT

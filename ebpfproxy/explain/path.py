@@ -286,15 +286,18 @@ def _frontend_of_packet(target: Target, tables: Tables, scope: Scope) -> Service
 
 def _masquerade(entry: ServiceEntry, options: Options, *, is_inside: bool, is_at_home: bool) -> Masquerade:
     """``must_masquerade``, but for the backend, which is the client itself in a hairpin."""
-    if options.masquerade_all:
+    if options.masquerade_all and not entry.flags & ServiceFlags.TWO_SCOPES:
         return Masquerade(applies=True, why="masqueradeAll is set")
     if is_at_home:
         return Masquerade(applies=False, why="a pod of this node keeps its address", hairpin=True)
+    if entry.kind is FrontendKind.CLUSTER_IP:
+        why = "traffic from outside to a cluster IP: replies have to come back here"
+        return Masquerade(applies=True, why=why)
     if entry.policy is Policy.LOCAL:
         return Masquerade(applies=False, why="traffic policy Local keeps the client's address", hairpin=True)
     if is_inside:
         return Masquerade(applies=True, why="a pod of another node: replies have to come back here")
-    if options.dsr_sends and entry.kind is not FrontendKind.CLUSTER_IP:
+    if options.dsr_sends:
         return Masquerade(applies=False, why="DSR: the backend's node answers", hairpin=True, dsr=True)
     return Masquerade(
         applies=True, why="traffic from outside under policy Cluster: replies have to come back here"
@@ -343,6 +346,8 @@ def _of_host(client: Client, target: Target, tables: Tables, programs: Programs)
         return _own(hook, entry)
     source = programs.source_towards(target.address) or client.address(len(target.address))
     ranges = _ranges(entry, tables, source)
+    if ranges is Ranges.DENIED and is_here and source == target.address and entry.flags & ServiceFlags.HOST:
+        ranges = Ranges.ALLOWED
     if ranges is Ranges.DENIED:
         return _denied(hook, Scope.INTERNAL, entry, source)
     masquerade = Masquerade(applies=True, why="this host's packets get its address towards the backend")

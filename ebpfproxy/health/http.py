@@ -1,8 +1,8 @@
 """The HTTP server of all health checks and pages: many ports and many slow clients in one thread.
 
 asyncio's sockets do the waiting. What is read of a request is its first line and whether the connection goes
-on: every answer is a GET's, without a body in the request. More is refused, so that no parser of HTTP is
-needed beside these lines.
+on, so that no parser of HTTP is needed beside these lines. The answer depends on the path alone, as in
+kube-proxy, whose handlers ask for no method: HAProxy's health checks are OPTIONS by default.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _REQUEST_BYTES = 8192
 #: A line may end without its CR (RFC 9112, 2.2), as people type it.
 _LINE_END = re.compile(rb"\r?\n")
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
+#: A token is what a method may be (RFC 9110, 5.6.2).
+_METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _BACKLOG = 128
 _ACCEPT_PAUSE_SECONDS = 0.05
 
@@ -224,7 +226,7 @@ async def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:
     """Returns the answer, and whether the connection goes on."""
     line, *headers = _LINE_END.split(head)
     words = line.split()
-    if len(words) != 3 or words[0] not in (b"GET", b"HEAD") or not words[2].startswith(b"HTTP/1."):
+    if len(words) != 3 or not _METHOD.fullmatch(words[0]) or not words[2].startswith(b"HTTP/1."):
         return _encoded(text_answer("", 400), closes=True), False
     closes = words[2] == b"HTTP/1.0" or any(map(_ends_connection, headers))
     path = words[1].partition(b"?")[0].decode("latin-1")
@@ -234,7 +236,7 @@ async def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:
     except Exception as error:
         log.error("cannot answer an HTTP request", path=path, error=repr(error))
         answer = text_answer("internal error", 500)
-    return _encoded(answer, closes=closes, has_body=words[0] == b"GET"), not closes
+    return _encoded(answer, closes=closes, has_body=words[0] != b"HEAD"), not closes
 
 
 def _encoded(answer: Answer, *, closes: bool, has_body: bool = True) -> bytes:

@@ -93,14 +93,13 @@ class ProxyHealth:
             }
 
     def healthz(self) -> tuple[bool, dict[str, Any]]:
-        """Health and the node's eligibility."""
+        """Health and the node's eligibility: without that ``lastUpdated`` is not now, as without health."""
         healthy, body = self.livez()
         with self._lock:
-            is_eligible = self._eligible
-        last, now, *_ = body
+            is_eligible, updated = self._eligible, _rfc3339(self._updated)
         return healthy and is_eligible, {
-            last: body[last],
-            now: body[now],
+            "lastUpdated": body["lastUpdated"] if is_eligible else updated,
+            "currentTime": body["currentTime"],
             "nodeEligible": is_eligible,
             "healthy": healthy,
             "status": body["status"],

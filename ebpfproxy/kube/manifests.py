@@ -22,6 +22,7 @@ from ebpfproxy.kube.decode import Unreadable, explain, from_plain
 from ebpfproxy.kube.errors import ManifestError
 from ebpfproxy.kube.objects import (
     RECORD_TYPES,
+    EndpointSlice,
     Event,
     Node,
     Object,
@@ -216,12 +217,10 @@ class ManifestSource:
         """True if an API server's selectors would select it."""
         if isinstance(each, Node):
             return each.metadata.name == self._node_name
-        if isinstance(each, ServiceCidr):
+        if not isinstance(each, EndpointSlice):
             return True
         labels = each.metadata.labels
-        if labels is None or isinstance(each, Service):
-            return labels is None or labels.headless is None
-        return labels.proxy_name is None and labels.headless is None
+        return labels is None or labels.headless is None
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

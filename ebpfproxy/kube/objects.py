@@ -30,7 +30,6 @@ class ServiceAnnotations(_Record, frozen=True, rename=None):
 
 class ServiceLabels(_Record, frozen=True, rename=None):
     proxy_name: str | None = msgspec.field(name="service.kubernetes.io/service-proxy-name", default=None)
-    headless: str | None = msgspec.field(name="service.kubernetes.io/headless", default=None)
 
 
 class SliceAnnotations(_Record, frozen=True, rename=None):
@@ -43,7 +42,6 @@ class SliceAnnotations(_Record, frozen=True, rename=None):
 class SliceLabels(_Record, frozen=True, rename=None):
     service_name: str | None = msgspec.field(name="kubernetes.io/service-name", default=None)
     headless: str | None = msgspec.field(name="service.kubernetes.io/headless", default=None)
-    proxy_name: str | None = msgspec.field(name="service.kubernetes.io/service-proxy-name", default=None)
 
 
 class NodeLabels(_Record, frozen=True, rename=None):

@@ -93,12 +93,7 @@ def endpoints_of(piece: EndpointSlice, node_name: str) -> SliceEndpoints:
     EndpointConditions).
     """
     labels = piece.metadata.labels
-    if (
-        labels is None
-        or not labels.service_name
-        or labels.headless is not None
-        or labels.proxy_name is not None
-    ):
+    if labels is None or not labels.service_name or labels.headless is not None:
         return SliceEndpoints(None, None, (), (), (), ())
     warnings = _Warnings(piece)
     service = ObjectKey(piece.metadata.namespace, labels.service_name)

@@ -109,8 +109,6 @@ class _Reader:
 
         if spec.type == "ExternalName":
             return none("type ExternalName")
-        if labels is not None and labels.headless is not None:
-            return none("label service.kubernetes.io/headless")
         cluster_ips = spec.cluster_ips or ((spec.cluster_ip,) if spec.cluster_ip else ())
         if not cluster_ips or cluster_ips[0] in ("None", ""):
             return none("headless: clusterIP None" if cluster_ips and cluster_ips[0] else "no cluster IP yet")

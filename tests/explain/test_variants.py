@@ -85,6 +85,21 @@ def test_clients_outside_and_the_host_are_explained(variant: tuple[str, OutsideC
     agrees(cluster, cluster.a, answer)
 
 
+def test_policy_local_keeps_the_address_of_clients_outside(
+    variant: tuple[str, OutsideClientCluster],
+) -> None:
+    _, cluster = variant
+    cluster.add_load_balancer(
+        "kept", "10.96.0.70", "203.0.113.70", [cluster.endpoint_on_a()], externalTrafficPolicy="Local"
+    )
+    until(lambda: cluster.outside.call(clients.connect_error, "203.0.113.70", 80, 0.3) == "connected")
+    for space in (cluster.outside, cluster.client):
+        answer = one(cluster, space.address, "203.0.113.70:80")
+        assert not answer["masquerade"]["applies"]
+        agrees(cluster, space, answer)
+        sees(cluster, space, answer, space.address)
+
+
 def test_pods_of_other_nodes_are_explained(variant: tuple[str, OutsideClientCluster]) -> None:
     """Their packets come by the uplink: addresses may say that they are pods, the device does not."""
     name, cluster = variant

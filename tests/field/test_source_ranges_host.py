@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.outside_client import OutsideClientCluster
+from tests.e2e.outside_client import PORTS, OutsideClientCluster, ask_by_socat
 from tests.lab import Lab, clients, manifests, servers
 from tests.lab.waiting import until
 
@@ -35,7 +35,10 @@ def _serve(cluster: OutsideClientCluster, balancer: str, ranges: list[str]) -> N
         cluster.endpoint_on_a(),
         cluster.endpoint_on_b(),
     ]
-    cluster.add_load_balancer("ranged", "10.96.1.70", balancer, endpoints, loadBalancerSourceRanges=ranges)
+    ports = [*PORTS, {"name": "sctp", "port": 3868, "protocol": "SCTP"}]
+    cluster.add_load_balancer(
+        "ranged", "10.96.1.70", balancer, endpoints, ports=ports, loadBalancerSourceRanges=ranges
+    )
 
 
 def _bound(host: str, source: str) -> str:
@@ -98,9 +101,20 @@ def test_load_balancer_ip_on_a_device_of_the_node_applies_source_ranges(
         "the node is not served",
         15,
     )
+    until(lambda: "source ranges:  allowed" in _explained(cluster), "explain says something else")
+    assert {ask_by_socat(cluster.a, f"{OWN}:80")["name"] for _ in range(3)} <= {"host-a", "w1", "w2"}, (
+        "packets at lo have the IP as their source"
+    )
     _serve(cluster, OWN, ["198.51.100.0/24"])
     until(
         lambda: cluster.a.call(clients.connect_error, OWN, 80, 0.3) != "connected",
         "the node is still served",
         15,
     )
+    assert ask_by_socat(cluster.a, f"{OWN}:80") == {}
+    assert "source ranges:  denied" in _explained(cluster)
+
+
+def _explained(cluster: OutsideClientCluster) -> str:
+    """What explain says of SCTP, which passes no socket hook, from the host to the IP on its device."""
+    return cluster.a.cli("explain", "host", f"{OWN}:3868", "--protocol", "SCTP", check=False)

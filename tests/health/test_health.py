@@ -94,11 +94,16 @@ def test_idle_cluster_stays_healthy() -> None:
 
 
 def test_node_eligibility_affects_healthz_but_not_livez() -> None:
-    health = attached()
+    clock = Clock()
+    health = attached(clock)
     health.programmed()
+    updated = health.livez()[1]["lastUpdated"]
+    clock.now += 5
     assert (health.healthz()[0], health.livez()[0]) == (False, True)
+    assert health.healthz()[1]["lastUpdated"] == updated, "it is the current time in an answer of 200 alone"
     health.set_eligible(True)
     assert health.healthz()[0]
+    assert health.healthz()[1]["lastUpdated"] == health.livez()[1]["currentTime"]
 
 
 @pytest.mark.parametrize(

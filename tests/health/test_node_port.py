@@ -107,7 +107,26 @@ def test_every_path_both_families_and_head(healthy: Healthy, port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_", [b"BREW / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\r\n\r\n", b"GET\r\n\r\n"]
+    "request_",
+    [
+        b"OPTIONS / HTTP/1.0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc",
+        b"BREW / HTTP/1.1\r\nConnection: close\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize(("local", "status"), [(1, b"200"), (0, b"503")])
+def test_every_method_gets_the_response_of_get(
+    healthy: Healthy, port: int, request_: bytes, local: int, status: bytes
+) -> None:
+    """kube-proxy asks for no method: HAProxy's ``option httpchk`` sends OPTIONS."""
+    healthy.servers.update([web(port, local)])
+    head, _, body = ask(port, request_).partition(b"\r\n\r\n")
+    assert head.split()[1] == status
+    assert json.loads(body)["localEndpoints"] == local
+
+
+@pytest.mark.parametrize(
+    "request_", [b"(BREW) / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\r\n\r\n", b"GET\r\n\r\n"]
 )
 def test_invalid_requests_are_rejected(healthy: Healthy, port: int, request_: bytes) -> None:
     healthy.servers.update([web(port, 1)])

@@ -131,7 +131,7 @@ def test_object_without_valid_metadata_is_reported_without_a_name(item: object) 
     ("metadata", "field"),
     [
         ({"annotations": []}, "metadata.annotations"),
-        ({"labels": {"service.kubernetes.io/headless": 5}}, "metadata.labels"),
+        ({"labels": {"service.kubernetes.io/service-proxy-name": 5}}, "metadata.labels"),
         ({"creationTimestamp": 5}, "metadata.creationTimestamp"),
     ],
 )

@@ -256,17 +256,17 @@ def test_first_file_wins_for_an_object_in_two_files(
     assert follower.services == {"shop/a"}
 
 
-def test_headless_services_and_slices_of_other_proxies_are_filtered(tmp_path: Path) -> None:
+def test_headless_slices_are_filtered(tmp_path: Path) -> None:
+    """The selectors are those of the watches: no Service is left out, and of slices the headless alone."""
     for name, label in (("a", "headless"), ("b", "service-proxy-name")):
         labels = f"namespace: shop, labels: {{service.kubernetes.io/{label}: mesh}}"
-        (tmp_path / f"{name}.yaml").write_text(service(name).replace("namespace: shop", labels))
-    meta = "metadata: {name: c, namespace: shop, labels: {service.kubernetes.io/service-proxy-name: mesh}}"
-    piece = f"{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, {meta}, addressType: IPv4}}"
-    (tmp_path / "c.yaml").write_text(piece)
-    made = Follower(tmp_path)
-    made.source.read()
-    assert made.services == {"shop/b"}, "cluster IPs of Services of other proxies are kept"
-    assert made.known[Resource.ENDPOINTSLICES] == set()
+        piece = f"apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: {name}, {labels}}}"
+        made = service(name).replace("namespace: shop", labels)
+        (tmp_path / f"{name}.yaml").write_text(f"{made}\n---\n{piece}\naddressType: IPv4\n")
+    found = Follower(tmp_path)
+    found.source.read()
+    assert found.services == {"shop/a", "shop/b"}
+    assert found.known[Resource.ENDPOINTSLICES] == {"shop/b"}
 
 
 @pytest.mark.parametrize("version", ["v1", "v1beta1"])

@@ -238,7 +238,7 @@ def test_object_that_no_longer_matches_the_selector_is_deleted(server: ApiServer
 
 
 def test_watches_of_an_agent_have_the_selectors_of_kube_proxy(server: ApiServer) -> None:
-    """They are those of its informer factories, but Services of other proxies are watched for their cluster IPs."""
+    """Of slices the headless ones are left out, and no Service: those of other proxies have cluster IPs, too."""
     server.store.put(
         "servicecidrs", {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12"]}}
     )
@@ -266,7 +266,7 @@ def test_watches_of_an_agent_have_the_selectors_of_kube_proxy(server: ApiServer)
     found = {event.resource: set(event.objects) for event in events if isinstance(event, Replaced)}
     assert found == {
         Resource.SERVICES: {KEY, ObjectKey("load", "b"), ObjectKey("load", "meshed")},
-        Resource.ENDPOINTSLICES: {ObjectKey("load", "b-x7k2p")},
+        Resource.ENDPOINTSLICES: {ObjectKey("load", "b-x7k2p"), ObjectKey("load", "meshed-x7k2p")},
         Resource.NODES: {ObjectKey("", "node-1")},
         Resource.SERVICECIDRS: {ObjectKey("", "kubernetes")},
     }

@@ -19,7 +19,7 @@ from scapy.layers.inet6 import (
 from scapy.packet import Packet, Raw
 from scapy.utils import checksum
 
-from tests.packets.packet_cluster import FamilyAddresses
+from tests.packets.packet_cluster import V4, FamilyAddresses
 from tests.packets.test_flows import PAYLOAD, ends_of, masqueraded_port, segment
 from tests.packets.wire import DROP, PASS, Result, Wire, ip_of, with_right_checksums
 
@@ -158,6 +158,20 @@ def test_icmp_error_that_quotes_eight_bytes_of_tcp_is_translated(
     check_outer(family, result, router, family.local_pod)
     inner = raw(ip_of(result.packet).payload)[8:]
     assert inner[header : header + 4] == (8080).to_bytes(2, "big") + port.to_bytes(2, "big")
+
+
+def test_icmp_redirect_for_a_translated_packet_is_dropped(wire: Wire, port: int) -> None:
+    """The kernel of this node sends one where client and backend's node are on the uplink's network."""
+    family = V4
+    wire.ingress(family.ip(family.client, family.web) / segment("TCP", port, 80))
+    redirect = ICMP(type=5, code=1, gw=family.node_b)
+    for destination, verdict in ((family.remote_pod, DROP), (family.other_client, PASS)):
+        inner = family.ip(family.client, destination) / segment("TCP", port, 8080)
+        packet = family.ip(family.node, family.client) / redirect / inner
+        before = raw(packet)
+        result = wire.egress(packet)
+        assert result.verdict == verdict
+        assert result.bytes[14:] == before
 
 
 def test_icmp_error_without_a_flow_is_not_translated(wire: Wire, family: FamilyAddresses, port: int) -> None:

@@ -67,11 +67,12 @@ def _labels(each: Object) -> dict[str, Any]:
     }
 
 
-def _is_ours(each: Object) -> bool:
-    return not _labels(each).keys() & {
-        "service.kubernetes.io/service-proxy-name",
-        "service.kubernetes.io/headless",
-    }
+def _is_ours(service: Object) -> bool:
+    return "service.kubernetes.io/service-proxy-name" not in _labels(service)
+
+
+def _is_headless(piece: Object) -> bool:
+    return "service.kubernetes.io/headless" in _labels(piece)
 
 
 def _full_name(each: Object) -> str:
@@ -121,7 +122,7 @@ def _endpoints(
     listed: dict[str, list[Object]] = {}
     for piece in slices:
         owner = _labels(piece).get("kubernetes.io/service-name")
-        if not _is_ours(piece) or f"{piece['metadata']['namespace']}/{owner}" != _full_name(service):
+        if _is_headless(piece) or f"{piece['metadata']['namespace']}/{owner}" != _full_name(service):
             continue
         if piece["addressType"] != f"IPv{version}":
             continue

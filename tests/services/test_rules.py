@@ -94,6 +94,10 @@ weight_parts = st.one_of(
     ),
     some("10.244.0.1=-1", "10.244.0.1=65536", "node/=0", "pod/p=0", "*", "*=0=0", "10.244.0.01=0"),
 )
+SLICE_LABELS = (
+    {"service.kubernetes.io/headless": ""},
+    {"service.kubernetes.io/service-proxy-name": "other"},
+)
 services = st.fixed_dictionaries(
     {
         "metadata": st.fixed_dictionaries(
@@ -101,7 +105,12 @@ services = st.fixed_dictionaries(
                 "name": some(*SERVICE_NAMES),
                 "namespace": st.just("shop"),
                 "creationTimestamp": some("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"),
-                "labels": some({}, {}, {}, {"service.kubernetes.io/service-proxy-name": "other"}),
+                "labels": some(
+                    {},
+                    {},
+                    {"service.kubernetes.io/headless": ""},
+                    {"service.kubernetes.io/service-proxy-name": "other"},
+                ),
                 "annotations": st.fixed_dictionaries(
                     {},
                     optional={
@@ -167,7 +176,7 @@ slices = st.fixed_dictionaries(
                 "namespace": st.just("shop"),
                 "labels": st.one_of(
                     some(*SERVICE_NAMES).map(lambda name: {"kubernetes.io/service-name": name}),
-                    some({}, {"kubernetes.io/service-name": "a", "service.kubernetes.io/headless": ""}),
+                    some({}, *({"kubernetes.io/service-name": "a", **label} for label in SLICE_LABELS)),
                 ),
             }
         ),

@@ -374,18 +374,16 @@ def reflectors(
     reduce: Reduce,
     timing: Timing | None = None,
 ) -> list[Reflector]:
-    """Returns an agent's watches, with kube-proxy's selectors (cmd/kube-proxy/app/server.go).
+    """Returns an agent's watches, with the selectors of kube-proxy 1.36 (cmd/kube-proxy/app/server.go).
 
-    One differs: Services that another proxy serves are watched, too, since sockets that connect to their
-    cluster IPs are left to it. Their slices are not.
+    Those of Services differ: Services that another proxy serves are watched, too, since sockets that connect
+    to their cluster IPs are left to it; and API servers before 1.31 cannot leave out headless ones.
     """
-    services = "!service.kubernetes.io/headless"
-    labels = f"{services},!service.kubernetes.io/service-proxy-name"
     return [
         Reflector(connection, resource, sink, reduce=reduce, timing=timing, **selector)
         for resource, selector in (
-            (Resource.SERVICES, {"label_selector": services}),
-            (Resource.ENDPOINTSLICES, {"label_selector": labels}),
+            (Resource.SERVICES, {}),
+            (Resource.ENDPOINTSLICES, {"label_selector": "!service.kubernetes.io/headless"}),
             (Resource.NODES, {"field_selector": f"metadata.name={node_name}"}),
             (Resource.SERVICECIDRS, {}),
         )

@@ -46,7 +46,8 @@ void check(struct program *p, const struct frame *in, const struct result *r)
 			violated(RULE_NO_SERVICE, p, in, r);
 	}
 	if (p->kind != KIND_XDP && r->verdict == 2) {
-		p->dropped++;
+		/* A redirect is advice that no counter has. */
+		p->dropped += !v.is_redirect;
 		if (v.has_ports)
 			note_dropped(&v);
 		return;

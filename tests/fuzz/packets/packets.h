@@ -122,7 +122,7 @@ struct view {
 	int version; /* 0: no IP packet that makes sense */
 	uint32_t l3, l3_length, l4;
 	uint8_t proto;
-	bool is_fragment, is_later, has_ports, is_error, chain_is_known;
+	bool is_fragment, is_later, has_ports, is_error, is_redirect, chain_is_known;
 	uint32_t fragment_at;
 	/* The option of DSR, with the frontend that it names. */
 	bool has_option;

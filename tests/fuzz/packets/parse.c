@@ -216,9 +216,10 @@ struct view read_frame(const struct frame *f, uint32_t l3)
 		   !v.is_fragment) {
 		const uint8_t kind = b[v.l4];
 
-		if (v.version == 4 ? kind == 3 || kind == 4 || kind == 11 || kind == 12
+		if (v.version == 4 ? (kind >= 3 && kind <= 5) || kind == 11 || kind == 12
 				   : kind >= 1 && kind <= 4)
 			v.is_error = read_quoted(&v, f, v.l4 + 8, end);
+		v.is_redirect = v.is_error && v.version == 4 && kind == 5;
 	}
 	return v;
 }

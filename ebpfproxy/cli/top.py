@@ -108,7 +108,7 @@ def command(
     )
     with one_line():
         maps = open_maps(bpf_root)
-        with _interruptible():
+        with _interruptible(once=once):
             if not once and output == "table" and is_live():
                 # Another order needs no other numbers.
                 every = tuple(dict.fromkeys([*wanted.sort, *Sort]))
@@ -130,12 +130,14 @@ def is_live() -> bool:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ends this way, or at the end of a pipe, as ``tail -f`` does."""
+def _interruptible(*, once: bool) -> Iterator[None]:
+    """Ends this way, or at the end of a pipe, as ``tail -f`` does, unless one result is awaited."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except (KeyboardInterrupt, BrokenPipeError):
+        if once:
+            raise
         # The interpreter would complain of the pipe at its end.
         sys.stderr.close()
 

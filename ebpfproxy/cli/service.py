@@ -26,6 +26,7 @@ def command() -> None:
 @options.namespace
 def list_services(bpf_root: Path, output: str, watch: bool, namespace: str | None) -> None:
     """List frontends with the backends that new connections get."""
+    options.one_service(namespace, None)
     with one_line():
         maps = open_maps(bpf_root)
 
@@ -43,9 +44,8 @@ def list_services(bpf_root: Path, output: str, watch: bool, namespace: str | Non
 @options.watch
 def get_service(service: str, bpf_root: Path, output: str, watch: bool) -> None:
     """Show the frontends of one Service with all backends. The default namespace is "default"."""
-    namespace, slash, name = service.partition("/")
-    if not slash:
-        namespace, name = "default", service
+    full = service if options.has_namespace("[NAMESPACE/]NAME", service) else f"default/{service}"
+    namespace, _, name = full.partition("/")
     with one_line():
         maps = open_maps(bpf_root)
 

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
 
 import ebpfproxy
 from ebpfproxy.cli import main
-from ebpfproxy.cli.option_types import Seconds
+from ebpfproxy.cli.option_types import EndpointType, Seconds
 from ebpfproxy.cli.output import age, emit, plain
 from ebpfproxy.datapath.dump import BackendRef
 
@@ -132,10 +133,67 @@ def test_invalid_options_of_top_are_named(arguments: tuple[str, ...], said: str)
     assert said in output
 
 
-def test_flush_requires_a_filter() -> None:
-    code, said = run("conntrack", "flush")
-    assert code == 2
-    assert "give a filter or --all" in said
+@pytest.mark.parametrize("command", ["conntrack", "affinity"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give a filter or --all"),
+        (("--all", "--service", "shop/web"), "--all excludes filters"),
+        # What a script takes from an empty variable must not be left out: the rest flushes too much.
+        (("--service", ""), "'' is not NAMESPACE/NAME"),
+        (("--service", "shop/web", "--client", ""), "--client"),
+        (("--service", "shop/web", "--backend", ""), "'' is not ADDRESS or ADDRESS:PORT"),
+        # What no list shows would find nothing, and say that there is nothing.
+        (("--service", "web"), "'web' is not NAMESPACE/NAME"),
+        (("--backend", "10.0.0.1:x"), "'10.0.0.1:x' is not ADDRESS or ADDRESS:PORT"),
+        (("--backend", "web-1"), "'web-1' is not ADDRESS or ADDRESS:PORT"),
+    ],
+)
+def test_flush_requires_a_filter_that_can_be_understood(
+    command: str, arguments: tuple[str, ...], said: str
+) -> None:
+    code, output = run(command, "flush", *arguments)
+    assert (code, said in output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("conntrack", "list", "--state", "established?"), "'established?' is not one of"),
+        (("conntrack", "get", "192.0.2.1"), "'192.0.2.1' is not ADDRESS:PORT"),
+        (("backend", "drain", "192.0.2.1:"), "'192.0.2.1:' is not ADDRESS or ADDRESS:PORT"),
+        (("service", "get", "a/b/c"), "'a/b/c' is not NAME or NAMESPACE/NAME"),
+        (("service", "get", ""), "'' is not NAME or NAMESPACE/NAME"),
+        (("service", "list", "-n", ""), "--namespace: the name is empty"),
+    ],
+)
+def test_names_that_nothing_has_are_errors(arguments: tuple[str, ...], said: str) -> None:
+    code, output = run(*arguments)
+    assert (code, said in output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant", "others"),
+    [
+        ("10.0.0.1", ["10.0.0.1:80", "10.0.0.1:53"], ["10.0.0.10:80", "[::1]:80"]),
+        ("10.0.0.1:80", ["10.0.0.1:80"], ["10.0.0.1:8"]),
+        ("fd00:0::1", ["[fd00::1]:80", "[fd00::1]:53"], ["[fd00::11]:80"]),
+        ("[FD00::1]", ["[fd00::1]:80"], ["10.0.0.1:80"]),
+        ("[fd00::0:1]:80", ["[fd00::1]:80"], ["[fd00::1]:53"]),
+        # Without brackets all of it is the address.
+        ("fd00::1:80", ["[fd00::1:80]:1"], ["[fd00::1]:80"]),
+    ],
+)
+def test_endpoints_in_any_notation(text: str, meant: list[str], others: list[str]) -> None:
+    """A list shows addresses in the shortest notation, and they are meant however somebody writes them."""
+    found = EndpointType().convert(text, None, None)
+    assert [shown for shown in meant + others if found.is_of(shown)] == meant
+
+
+@pytest.mark.parametrize("text", ["", ":80", "[fd00::1", "[fd00::1]80", "[fd00::1]:", "10.0.0.1:0", "a:1"])
+def test_no_endpoints(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not ADDRESS or ADDRESS:PORT"):
+        EndpointType().convert(text, None, None)
 
 
 @pytest.mark.root

@@ -54,7 +54,10 @@ def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Only flows of this protocol.",
         ),
         click.option(
-            "--state", type=click.Choice(STATES, case_sensitive=False), help="Only flows in this state."
+            "--state",
+            type=click.Choice(STATES, case_sensitive=False),
+            metavar="STATE",
+            help=f"Only flows in this state: {', '.join(STATES)}.",
         ),
     ):
         function = option(function)

@@ -17,7 +17,7 @@ from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import layout, socket_layout, uapi
 from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.abi.layout import Scope, ServiceFlags
-from ebpfproxy.datapath.abi.schema import XDP_MAPS, map_specs
+from ebpfproxy.datapath.abi.schema import SCHEMA_VERSION, XDP_MAPS, map_specs
 from ebpfproxy.datapath.kernel.bpf_map import WindowedArray
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 from ebpfproxy.datapath.kernel.roots import pin_folder
@@ -103,7 +103,8 @@ class ServiceCounters(msgspec.Struct, frozen=True):
 def open_maps(bpf_root: Path) -> MapSet:
     """The maps that attached programs use, else the newest.
 
-    Raises NothingPinnedError, also for those of another version of ebpfproxy, and PermissionError.
+    Raises NothingPinnedError, also for those of another version of ebpfproxy and where some are gone, and
+    PermissionError.
     """
     pins = pin_folder(bpf_root)
     versions = [p for p in pins.glob("v*-*") if (p / "maps").is_dir()] if pins.is_dir() else []
@@ -122,10 +123,21 @@ def open_maps(bpf_root: Path) -> MapSet:
 
     folder = max(versions, key=preference)
     maps = open_pinned(folder)
-    if maps.maps.keys() | XDP_MAPS != {spec.name for spec in map_specs(Capacity())}:
+    lacking = {spec.name for spec in map_specs(Capacity())} - maps.maps.keys() - XDP_MAPS
+    if lacking:
         maps.close()
-        raise NothingPinnedError(f"{folder} is of another version of ebpfproxy, whose own commands read it")
+        raise NothingPinnedError(_why_lacking(folder, sorted(lacking)))
     return maps
+
+
+def _why_lacking(folder: Path, names: list[str]) -> str:
+    is_other = not folder.name.startswith(f"v{SCHEMA_VERSION}-")
+    if is_other or any((folder / "maps" / name).exists() for name in names):
+        return f"{folder} is of another version of ebpfproxy, whose own commands read it"
+    return (
+        f"{folder / 'maps'} lacks {', '.join(names)}: somebody has removed pins, which a running agent restores"
+        " within seconds, or it is of another version of ebpfproxy, whose own commands read it"
+    )
 
 
 class Dump:

@@ -276,7 +276,7 @@ def test_json_and_yaml_output_are_equal(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(0.2, "0s"), (90, "90s"), (300, "5m"), (7200, "2h"), (200000, "2d")]
+    ("seconds", "shown"), [(-3600, "0s"), (0.2, "0s"), (90, "90s"), (300, "5m"), (7200, "2h"), (200000, "2d")]
 )
 def test_format_of_ages(seconds: float, shown: str) -> None:
     assert age(seconds) == shown

@@ -63,6 +63,16 @@ def test_commands_report_another_version(pins: Path, other: MapSet) -> None:
     assert str(other.folder) in str(output.value)
 
 
+def test_commands_name_the_maps_whose_pins_are_gone(pins: Path) -> None:
+    """Another version's commands would not read them either."""
+    made = maps.open_or_create(pin_folder(pins), SMALL)
+    for name in ("members", "conntrack"):
+        (made.folder / "maps" / name).unlink()
+    with pytest.raises(dump.NothingPinnedError, match=f"{made.folder}/maps lacks conntrack, members: somebody"):
+        dump.open_maps(pins)
+    made.close()
+
+
 @pytest.mark.parametrize("field", Capacity.__struct_fields__)
 @pytest.mark.parametrize("size", [1024, 1 << 20])
 def test_maps_of_other_sizes_are_of_this_version(pins: Path, field: str, size: int) -> None:

@@ -135,8 +135,8 @@ def _why_lacking(folder: Path, names: list[str]) -> str:
     if is_other or any((folder / "maps" / name).exists() for name in names):
         return f"{folder} is of another version of ebpfproxy, whose own commands read it"
     return (
-        f"{folder / 'maps'} lacks {', '.join(names)}: somebody has removed pins, which a running agent restores"
-        " within seconds, or it is of another version of ebpfproxy, whose own commands read it"
+        f"{folder / 'maps'} lacks {', '.join(names)}: somebody has removed pins, which a running agent"
+        " restores within seconds, or it is of another version of ebpfproxy, whose own commands read it"
     )
 
 

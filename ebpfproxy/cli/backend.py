@@ -57,10 +57,10 @@ def _print(rows: list[BackendRow]) -> None:
 
 
 @command.command("drain")
-@click.argument("target", metavar="ADDRESS[:PORT]", type=EndpointType(), shell_complete=completion.backends)
+@click.argument("address", metavar="ADDRESS[:PORT]", type=EndpointType(), shell_complete=completion.backends)
 @click.option("--undo", is_flag=True, help="Allow new connections again.")
 @options.bpf_root
-def drain(target: Endpoint, undo: bool, bpf_root: Path) -> None:
+def drain(address: Endpoint, undo: bool, bpf_root: Path) -> None:
     """Stop new connections from this node to a backend.
 
     Open connections are kept. The request outlives restarts of the agent; it ends with --undo or when the
@@ -70,18 +70,18 @@ def drain(target: Endpoint, undo: bool, bpf_root: Path) -> None:
         maps = open_maps(bpf_root)
         requests = Drained(maps)
         if undo:
-            if not requests.remove(*target):
-                raise click.ClickException(f"{target} is not drained")
+            if not requests.remove(*address):
+                raise click.ClickException(f"{address} is not drained")
         else:
-            if not _rows(maps, target):
-                raise click.ClickException(f"no backend {target} in {maps.folder}")
-            requests.add(*target)
+            if not _rows(maps, address):
+                raise click.ClickException(f"no backend {address} in {maps.folder}")
+            requests.add(*address)
         if not is_locked(bpf_root):
-            echo(f"{target}: request saved; it is applied when an agent runs")
+            echo(f"{address}: request saved; it is applied when an agent runs")
             return
-        _wait(bpf_root, requests, target, undo=undo)
-        rows = _rows(maps, target)
-    echo(f"{target} is {'no longer drained' if undo else 'drained'}")
+        _wait(bpf_root, requests, address, undo=undo)
+        rows = _rows(maps, address)
+    echo(f"{address} is {'no longer drained' if undo else 'drained'}")
     if undo and any(row.state == "drained" for row in rows):
         echo("It still gets no new connections: its weight is 0, or another request drains it")
 

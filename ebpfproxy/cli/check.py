@@ -17,6 +17,12 @@ from ebpfproxy.inspection.agent import ask_agent
 from ebpfproxy.operator.check.all_checks import Check, check
 
 
+class UncheckedError(click.ClickException):
+    """There is nothing to compare: exit code 1 would say that something is wrong."""
+
+    exit_code = 2
+
+
 @click.command("check")
 @options.bpf_root
 @options.output_format
@@ -34,12 +40,17 @@ def command(bpf_root: Path, output: str, repair: bool, timeout: int) -> None:
 
     The agent compares maps and attached programs with what it has made of the API's objects; the command
     itself looks for other proxies, programs that run before ours, sysctls, kernel features, the clock and
-    MTUs. Without an agent it says which maps contradict themselves. Exit code 1 if anything is wrong;
-    warnings do not count, nor does what has been repaired.
+    MTUs. Without an agent it says which maps contradict themselves.
+
+    Exit code 0: nothing is wrong; 1: something is; 2: the command line is wrong, or there is nothing to read.
+    Warnings do not count, nor does what has been repaired.
     """
-    with one_line():
-        maps = open_maps(bpf_root)
-        found = check(bpf_root, maps, *ask_agent(bpf_root, REPAIR if repair else CHECK, timeout))
+    try:
+        with one_line():
+            maps = open_maps(bpf_root)
+            found = check(bpf_root, maps, *ask_agent(bpf_root, REPAIR if repair else CHECK, timeout))
+    except click.ClickException as error:
+        raise UncheckedError(error.message) from error
     emit(found, output, _print)
     if not found.good:
         raise click.exceptions.Exit(1)

@@ -29,7 +29,8 @@ _FILLING = 0.75
 def command(bpf_root: Path, output: str, watch: bool, verbose: bool) -> None:
     """Show what runs on this node: health, problems, programs, devices, watches, and maps that fill up.
 
-    It reads the kernel and the pinned maps, so that it also works while the agent is stopped.
+    It reads the kernel and the pinned maps, so that it also works while the agent is stopped. What it shows
+    does not change the exit code: that is the answer of `ebpfproxy check`.
     """
     with one_line():
         maps = open_maps(bpf_root)

@@ -36,7 +36,7 @@ def of_cluster(api: Api, file: Path, nodes: Iterable[str], daemon_set: str, kube
 
 @contextmanager
 def opened(file: Path) -> Iterator[IO[bytes]]:
-    """An archive is there once it is whole, and others may not read it, whoever has made a file of this name."""
+    """An archive is there once it is whole. Others may not read it, whoever has made a file of this name."""
     if str(file) == "-":
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()

@@ -219,6 +219,13 @@ def test_output_without_pinned_maps(command: tuple[str, ...], tmp_path: Path) ->
     )
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("command", [("check",), ("explain", "host", "10.96.0.10:80")], ids=" ".join)
+def test_answers_by_exit_code_need_pinned_maps(command: tuple[str, ...], tmp_path: Path) -> None:
+    code, said = run(*command, "--bpf-root", str(tmp_path))
+    assert (code, f"nothing is pinned below {tmp_path}/ebpfproxy" in said) == (2, True)
+
+
 def test_environment_variable_sets_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EBPFPROXY_BPF_ROOT", str(tmp_path))
     assert str(tmp_path) in run("status")[1]

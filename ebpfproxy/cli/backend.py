@@ -13,7 +13,7 @@ from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.option_types import Endpoint, EndpointType
 from ebpfproxy.cli.output import console, echo, emit_watching, table
-from ebpfproxy.datapath.dump import BackendRow, Dump, open_maps
+from ebpfproxy.datapath.dump import BackendRow, CurrentMaps, Dump, open_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import is_locked
 from ebpfproxy.datapath.services.drained import Drained
@@ -37,8 +37,8 @@ def list_backends(bpf_root: Path, output: str, watch: bool) -> None:
     OPEN counts open connections from this node, CONNECTIONS how often the backend was selected.
     """
     with one_line():
-        maps = open_maps(bpf_root)
-        emit_watching(lambda: Dump(maps).backends(), output, _print, watch)
+        maps = CurrentMaps(bpf_root)
+        emit_watching(lambda: Dump(maps.get()).backends(), output, _print, watch)
 
 
 def _print(rows: list[BackendRow]) -> None:

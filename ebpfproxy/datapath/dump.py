@@ -119,7 +119,11 @@ def open_maps(bpf_root: Path) -> MapSet:
         used = any(
             program_id(program) == running.get(program.name) for program in version.glob("progs-*/connect4")
         )
-        return used, version.stat().st_mtime
+        try:
+            return used, version.stat().st_mtime
+        except FileNotFoundError:
+            # An agent that has made others removes it at this moment.
+            return used, 0.0
 
     folder = max(versions, key=preference)
     maps = open_pinned(folder)
@@ -138,6 +142,42 @@ def _why_lacking(folder: Path, names: list[str]) -> str:
         f"{folder / 'maps'} lacks {', '.join(names)}: somebody has removed pins, which a running agent"
         " restores within seconds, or it is of another version of ebpfproxy, whose own commands read it"
     )
+
+
+class CurrentMaps:
+    """The maps that programs use, for what reads them for long: an agent with other sizes makes others.
+
+    Raises what :func:`open_maps` raises, also later: somebody may remove them all.
+    """
+
+    def __init__(self, bpf_root: Path) -> None:
+        self._bpf_root = bpf_root
+        self._open()
+
+    @property
+    def are_replaced(self) -> bool:
+        """True where others have their place, or none."""
+        return _pin_of(self._maps) != self._pin
+
+    def get(self) -> MapSet:
+        """Closes those of before where they are replaced: nobody may use them any more."""
+        if self.are_replaced:
+            self._maps.close()
+            self._open()
+        return self._maps
+
+    def _open(self) -> None:
+        self._maps = open_maps(self._bpf_root)
+        self._pin = _pin_of(self._maps)
+
+
+def _pin_of(maps: MapSet) -> tuple[int, int] | None:
+    """Which file pins one of them, which go together; None where it is gone."""
+    try:
+        found = (maps.folder / "maps" / "backends").stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class Dump:

@@ -9,18 +9,12 @@ import click
 
 from ebpfproxy.agent.local_pages import CHECK, REPAIR
 from ebpfproxy.cli import options
-from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.errors import answers, one_line
 from ebpfproxy.cli.output import age, console, emit, plain, table
 from ebpfproxy.datapath.drift.findings import Finding
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.inspection.agent import ask_agent
 from ebpfproxy.operator.check.all_checks import Check, check
-
-
-class UncheckedError(click.ClickException):
-    """There is nothing to compare: exit code 1 would say that something is wrong."""
-
-    exit_code = 2
 
 
 @click.command("check")
@@ -45,12 +39,9 @@ def command(bpf_root: Path, output: str, repair: bool, timeout: int) -> None:
     Exit code 0: nothing is wrong; 1: something is; 2: the command line is wrong, or there is nothing to read.
     Warnings do not count, nor does what has been repaired.
     """
-    try:
-        with one_line():
-            maps = open_maps(bpf_root)
-            found = check(bpf_root, maps, *ask_agent(bpf_root, REPAIR if repair else CHECK, timeout))
-    except click.ClickException as error:
-        raise UncheckedError(error.message) from error
+    with answers(), one_line():
+        maps = open_maps(bpf_root)
+        found = check(bpf_root, maps, *ask_agent(bpf_root, REPAIR if repair else CHECK, timeout))
     emit(found, output, _print)
     if not found.good:
         raise click.exceptions.Exit(1)

@@ -71,6 +71,17 @@ class EndpointType(click.ParamType[Endpoint]):
         return Endpoint(address, port)
 
 
+class NonEmpty(click.ParamType[str]):
+    """What a script takes from a variable may be empty."""
+
+    name = "text"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not (text := str(value)).strip():
+            self.fail("it is empty", param, ctx)
+        return text
+
+
 class ServiceName(click.ParamType[str]):
     """``NAMESPACE/NAME``, as lists show it."""
 

@@ -165,6 +165,7 @@ def test_flush_requires_a_filter_that_can_be_understood(
         (("service", "get", "a/b/c"), "'a/b/c' is not NAME or NAMESPACE/NAME"),
         (("service", "get", ""), "'' is not NAME or NAMESPACE/NAME"),
         (("service", "list", "-n", ""), "--namespace: the name is empty"),
+        (("install", "--image", "", "--dry-run"), "Invalid value for '--image': it is empty"),
     ],
 )
 def test_names_that_nothing_has_are_errors(arguments: tuple[str, ...], said: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from ebpfproxy.cli.output import console, plain, table
 from ebpfproxy.explain.endpoint_reasons import EndpointRow
 from ebpfproxy.explain.report import Report
+from ebpfproxy.inspection import words
 from ebpfproxy.inspection.explanation import facts, headline
 
 _SHOWN = 16
@@ -37,7 +38,7 @@ def _endpoints(rows: tuple[EndpointRow, ...]) -> Any:
         "": ["" for _ in shown],
         "endpoint": [row.address for row in shown],
         "pod": [row.pod for row in shown],
-        "new connections": [f"{row.share:.0%}" if row.used else "none" for row in shown],
+        "new connections": [words.share(row.share) if row.used else "none" for row in shown],
         "node": [row.node for row in shown],
         "zone": [row.zone for row in shown],
         "reason": [row.why for row in shown],

@@ -13,6 +13,11 @@ def age(seconds: float) -> str:
     return f"{max(seconds, 0.0):.0f}s"
 
 
+def share(part: float) -> str:
+    """``50%``, ``1%``, ``0.25%``: of one endpoint among hundreds it is not nothing."""
+    return f"{part:.2%}" if 0 < part < 0.01 else f"{part:.0%}"
+
+
 def duration(seconds: float) -> str:
     """A connect time, rounded: ``64µs``, ``1.2ms``, ``12ms``; ``≥8.4s`` above all bounds."""
     above = "≥" * (seconds >= CONNECT_BOUNDS[-1] / 1e6)

@@ -17,6 +17,7 @@ from ebpfproxy.cli import main
 from ebpfproxy.cli.option_types import EndpointType, Seconds
 from ebpfproxy.cli.output import age, emit, plain
 from ebpfproxy.datapath.dump import BackendRef
+from ebpfproxy.inspection.words import share
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -288,6 +289,13 @@ def test_json_and_yaml_output_are_equal(capsys: pytest.CaptureFixture[str]) -> N
 )
 def test_format_of_ages(seconds: float, shown: str) -> None:
     assert age(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"), [(1.0, "100%"), (1 / 3, "33%"), (0.01, "1%"), (1 / 200, "0.50%"), (0.0, "0%")]
+)
+def test_format_of_shares(part: float, shown: str) -> None:
+    assert share(part) == shown
 
 
 @pytest.mark.parametrize("hostile", ["\x1b[2J", "a\nb", "\x9b31m", "\u202e", "\r", "\x07"])

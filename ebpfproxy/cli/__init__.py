@@ -80,8 +80,9 @@ def main(end_with_input: bool) -> None:
     """An eBPF kube-proxy replacement that works beside the CNI of the cluster.
 
     Exit code 0: done; 1: an error, or the answer "no" of a command that has one; 2: the command line is
-    wrong, or such a command has no answer; 130: interrupted; 141: nobody reads the output any more. An error
-    is on standard error, in whatever format the output is.
+    wrong, such a command has no answer, or the output cannot be written; 130: interrupted, if it does not run
+    until then; 141: nobody reads the output any more. An error is on standard error, in whatever format the
+    output is.
     """
     if end_with_input:
         threading.Thread(target=_end_with_input, daemon=True).start()

@@ -265,6 +265,7 @@ def test_affinity_names_the_backend_that_the_client_keeps(cluster: OutsideClient
     kept = pods[cluster.client.call(clients.ask_tcp, "10.96.2.5", 80)["name"]]
     (after,) = explained(cluster, "shop/client", "10.96.2.5:80")
     assert after["affinity"]["backend"] == kept and 10700 < after["affinity"]["expires"] <= 10800
+    assert "WITHOUT AFFINITY" in run(cluster, "shop/client", "10.96.2.5:80").output
     assert kept in after["why"]
     assert pods[cluster.client.call(clients.ask_tcp, "10.96.2.5", 80)["name"]] == kept
     cluster.remove("sticky")

@@ -275,6 +275,40 @@ def test_run_reports_invalid_roots(tmp_path: Path) -> None:
     assert f"--cgroup-root {tmp_path}: not a cgroup v2 folder" in done.stderr
 
 
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("names", "said"), [((), "mounted"), (("etc",), "neither on a bpffs nor empty")], ids=["empty", "used"]
+)
+def test_a_bpffs_hides_no_files(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
+    """`--bpf-root /proc` took the whole node with it. What is mounted here goes with its mount namespace."""
+    for name in names:
+        (tmp_path / name).mkdir()
+    program = (
+        "import os, pathlib, sys; from ebpfproxy.datapath.kernel.roots import *\n"
+        "root = pathlib.Path(sys.argv[1])\n"
+        "try: print('mounted' if ensure_bpffs(root) else 'there')\n"
+        "except RootError as error: print(error)\n"
+        "print(*os.listdir(root))"
+    )
+    alone = ["unshare", "--mount", "--propagation", "private"]
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    first, last = done.stdout.splitlines()
+    assert said in first
+    # A new bpffs has files of its own.
+    assert set(names) <= set(last.split())
+
+
+def test_configuration_that_cannot_be_written_is_one_line() -> None:
+    code, said = run("run", "--write-config-to", "/nonexistent/config.yaml")
+    assert (code, said) == (1, "Error: /nonexistent/config.yaml: No such file or directory\n")
+
+
 def test_json_and_yaml_output_are_equal(capsys: pytest.CaptureFixture[str]) -> None:
     value = [BackendRef("10.0.0.1:80", "active")]
     emit(value, "json", print)

@@ -66,8 +66,14 @@ def ensure_bpffs(root: Path) -> bool:
         return False
     try:
         root.mkdir(parents=True, exist_ok=True)
+        is_used = any(root.iterdir())
     except OSError as error:
         raise RootError(f"--bpf-root {root}: {error.strerror}") from error
+    if is_used:
+        # Of /proc or /etc that would take the whole node with it.
+        raise RootError(
+            f"--bpf-root {root}: neither on a bpffs nor empty: one mounted there would hide the rest"
+        )
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"bpf", os.fsencode(root), b"bpf", 0, b"mode=0700") != 0:
         raise RootError(f"--bpf-root {root}: cannot mount a bpffs there: {os.strerror(ctypes.get_errno())}")

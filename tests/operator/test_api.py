@@ -10,7 +10,7 @@ from ebpfproxy.health.http import text_answer
 from ebpfproxy.health.server import HttpServer
 from ebpfproxy.operator.api import Api, ApiError
 
-#: What the server answers.
+#: The text that the server answers with.
 ANSWER = [""]
 
 

@@ -100,7 +100,7 @@ def is_half_open(protocol: int, original: Nat, reply: Nat) -> bool:
     return protocol == Protocol.TCP and is_silent and reply.acked == original.end
 
 
-#: What :func:`state_of` returns.
+#: The states that :func:`state_of` returns.
 STATES = ("SYN_SENT", "SYN_RECV", "ESTABLISHED", "CLOSE_WAIT", "TIME_WAIT", "CLOSE", "UNREPLIED", "REPLIED")
 
 

@@ -70,7 +70,7 @@ def ensure_bpffs(root: Path) -> bool:
     except OSError as error:
         raise RootError(f"--bpf-root {root}: {error.strerror}") from error
     if is_used:
-        # Of /proc or /etc that would take the whole node with it.
+        # A bpffs over /proc or /etc takes the whole node with it.
         raise RootError(
             f"--bpf-root {root}: neither on a bpffs nor empty: one mounted there would hide the rest"
         )

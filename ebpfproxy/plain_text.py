@@ -25,9 +25,10 @@ def escaped_json(text: str) -> str:
     """JSON of the same meaning that a terminal does not obey: only strings have what cannot be printed."""
     if text.isprintable():
         return text
-    return "".join(each if each.isprintable() or each == "\n" else _escaped(each) for each in text)
+    return "".join(each if each.isprintable() or each == "\n" else escaped(each) for each in text)
 
 
-def _escaped(each: str) -> str:
+def escaped(each: str) -> str:
+    """A character as JSON escapes it."""
     packed = each.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{packed[at : at + 2].hex()}" for at in range(0, len(packed), 2))

@@ -34,7 +34,7 @@ from ebpfproxy.agent.programming import Programming
 from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.agent.serving import Serving
 from ebpfproxy.agent.source import source_of
-from ebpfproxy.agent.status_record import HEARTBEAT, Parts, Status
+from ebpfproxy.agent.status_record import Parts, Status
 from ebpfproxy.agent.succession import Predecessor, Successors
 from ebpfproxy.agent.telemetry import Telemetry
 from ebpfproxy.agent.tracing import TracingFollower
@@ -287,7 +287,7 @@ class Agent:
 
     def _learn_network(self) -> bool:
         """Waits for the node's devices, which decide what is loaded. False after Stop."""
-        end = time.monotonic() + HEARTBEAT
+        end = time.monotonic() + state.HEARTBEAT
         while not self._knows_network and (left := end - time.monotonic()) > 0:
             if not self._handle_all(self._messages.take(left)):
                 return False

@@ -15,6 +15,8 @@ from ebpfproxy.datapath.programs.loader import Options
 from ebpfproxy.node.facts import NodeFacts
 from ebpfproxy.node.roles import Role
 
+#: How often the agent writes the record when nothing happens, in seconds.
+HEARTBEAT = 5.0
 _ERROR_LENGTH = 300
 _LAST_ROLE = str(Role.LOCAL)
 
@@ -75,6 +77,8 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     started: float
     written: float
+    #: CLOCK_MONOTONIC then, which nobody sets; 0 of a version that does not say it.
+    heartbeat: float = 0.0
     synced: bool = False
     healthy: bool = False
     last_programmed: float | None = None
@@ -150,11 +154,14 @@ def load(maps: MapSet) -> AgentState | None:
 
 def load_latest(pins: Path) -> AgentState | None:
     """The latest record of all: an agent with other map sizes has maps of its own, unused at first."""
-    records = (
+    found = (
         _decode(_stored(path, AGENT_STATE_SIZE), _stored(path.with_name("programmed"), PROGRAMMED.size))
         for path in pins.glob("v*-*/maps/agent_state")
     )
-    return max(filter(None, records), key=lambda record: record.written, default=None)
+    records = [record for record in found if record is not None]
+    if all(record.heartbeat for record in records):
+        return max(records, key=lambda record: record.heartbeat, default=None)
+    return max(records, key=lambda record: record.written, default=None)
 
 
 def _stored(path: Path, size: int) -> bytes | None:

@@ -27,8 +27,6 @@ from ebpfproxy.metrics.agent_metrics import AgentMetrics
 from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.services.tracker import Tracker
 
-#: How often the state is written when nothing happens, in seconds.
-HEARTBEAT = 5.0
 #: The least time between two of what happens, in seconds.
 _REST = 0.25
 
@@ -75,7 +73,7 @@ class Status:
     @property
     def pause(self) -> float:
         """Seconds until the state should be written."""
-        return _REST if self.is_old else HEARTBEAT
+        return _REST if self.is_old else state.HEARTBEAT
 
     def write(self, *, is_idle: bool, complete: bool) -> None:
         """Writes the record a few times a second while much happens, and at once when everything is in place.
@@ -84,7 +82,7 @@ class Status:
         not written at once is soon after: ``status`` must not show maps that are newer by more.
         """
         now = time.monotonic()
-        if is_idle and not self.is_old and now - self._written < HEARTBEAT:
+        if is_idle and not self.is_old and now - self._written < state.HEARTBEAT:
             return
         synced = complete and self._parts.programs.attached
         if now - self._written < _REST and synced and self._synced_written:
@@ -111,6 +109,7 @@ class Status:
             source=parts.source.description,
             started=self._started,
             written=time.time(),
+            heartbeat=time.monotonic(),
             synced=synced,
             healthy=parts.health.healthy,
             last_programmed=self._last_programmed,

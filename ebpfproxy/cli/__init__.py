@@ -77,7 +77,13 @@ class _LazyGroup(PlainErrorsGroup):
     help="End the command when standard input ends, as it does with the connection of `kubectl exec -i`.",
 )
 def main(end_with_input: bool) -> None:
-    """An eBPF kube-proxy replacement that works beside the CNI of the cluster."""
+    """An eBPF kube-proxy replacement that works beside the CNI of the cluster.
+
+    Exit code 0: done; 1: an error, or the answer "no" of a command that has one; 2: the command line is
+    wrong, such a command has no answer, or the output cannot be written; 130: interrupted, if it does not run
+    until then; 141: nobody reads the output any more. An error is on standard error, in whatever format the
+    output is.
+    """
     if end_with_input:
         threading.Thread(target=_end_with_input, daemon=True).start()
 

@@ -9,6 +9,7 @@ import click
 
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.option_types import ClientName, Endpoint, EndpointType, ServiceName
 from ebpfproxy.cli.output import age, console, echo, emit, table
 from ebpfproxy.datapath.affinity_table import AffinityRow, affinity_rows
 from ebpfproxy.datapath.dump import open_maps
@@ -18,13 +19,17 @@ from ebpfproxy.netlink.namespaces import names_by_cookie
 _service = click.option(
     "--service",
     metavar="NAMESPACE/NAME",
+    type=ServiceName(),
     shell_complete=completion.services,
     help="Only clients of this Service.",
 )
-_client = click.option("--client", metavar="ADDRESS|netns:COOKIE|NAME", help="Only this client.")
+_client = click.option(
+    "--client", metavar="ADDRESS|netns:COOKIE|NAME", type=ClientName(), help="Only this client."
+)
 _backend = click.option(
     "--backend",
     metavar="ADDRESS[:PORT]",
+    type=EndpointType(),
     shell_complete=completion.backends,
     help="Only clients of this backend.",
 )
@@ -36,7 +41,7 @@ def command() -> None:
 
 
 def _read(
-    maps: MapSet, service: str | None, client: str | None, backend: str | None
+    maps: MapSet, service: str | None, client: str | None, backend: Endpoint | None
 ) -> list[tuple[AffinityRow, bytes]]:
     rows = affinity_rows(maps, time.monotonic_ns(), names_by_cookie())
     return [
@@ -44,7 +49,7 @@ def _read(
         for row, key in rows
         if service in (None, row.service)
         and client in (None, row.client, row.name)
-        and backend in (None, row.backend, row.backend.rpartition(":")[0].strip("[]"))
+        and (backend is None or backend.is_of(row.backend))
     ]
 
 
@@ -55,7 +60,7 @@ def _read(
 @_client
 @_backend
 def list_clients(
-    bpf_root: Path, output: str, service: str | None, client: str | None, backend: str | None
+    bpf_root: Path, output: str, service: str | None, client: str | None, backend: Endpoint | None
 ) -> None:
     """List clients, their backends, and when the affinity expires.
 
@@ -75,12 +80,12 @@ def list_clients(
     "--all", "everything", is_flag=True, help="Flush every client. Without it a filter is required."
 )
 def flush(
-    bpf_root: Path, service: str | None, client: str | None, backend: str | None, everything: bool
+    bpf_root: Path, service: str | None, client: str | None, backend: Endpoint | None, everything: bool
 ) -> None:
     """Delete affinity entries: the next connection may go to another backend. Open ones are kept."""
     with one_line():
-        if not (service or client or backend or everything):
-            raise click.UsageError("give a filter or --all")
+        filtered = any(each is not None for each in (service, client, backend))
+        options.one_of_filters_and_all(filtered=filtered, everything=everything)
         maps = open_maps(bpf_root)
         deleted = sum(maps["affinity"].delete(key) for _, key in _read(maps, service, client, backend))
     echo(f"flushed {deleted} clients")

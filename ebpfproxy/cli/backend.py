@@ -11,13 +11,12 @@ from ebpfproxy.agent.local_pages import ask_drained
 from ebpfproxy.agent.local_socket import NoAgentError
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.option_types import Endpoint, EndpointType
 from ebpfproxy.cli.output import console, echo, emit_watching, table
-from ebpfproxy.datapath.dump import BackendRow, Dump, open_maps
+from ebpfproxy.datapath.dump import BackendRow, CurrentMaps, Dump, open_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import is_locked
 from ebpfproxy.datapath.services.drained import Drained
-from ebpfproxy.services.model import format_endpoint
-from ebpfproxy.services.values import parse_address, parse_port
 
 #: How long a command waits for the agent to apply a drain request.
 _AGENT_SECONDS = 5.0
@@ -38,8 +37,8 @@ def list_backends(bpf_root: Path, output: str, watch: bool) -> None:
     OPEN counts open connections from this node, CONNECTIONS how often the backend was selected.
     """
     with one_line():
-        maps = open_maps(bpf_root)
-        emit_watching(lambda: Dump(maps).backends(), output, _print, watch)
+        maps = CurrentMaps(bpf_root)
+        emit_watching(lambda: Dump(maps.get()).backends(), output, _print, watch)
 
 
 def _print(rows: list[BackendRow]) -> None:
@@ -58,37 +57,36 @@ def _print(rows: list[BackendRow]) -> None:
 
 
 @command.command("drain")
-@click.argument("address", metavar="ADDRESS[:PORT]", shell_complete=completion.backends)
+@click.argument("address", metavar="ADDRESS[:PORT]", type=EndpointType(), shell_complete=completion.backends)
 @click.option("--undo", is_flag=True, help="Allow new connections again.")
 @options.bpf_root
-def drain(address: str, undo: bool, bpf_root: Path) -> None:
+def drain(address: Endpoint, undo: bool, bpf_root: Path) -> None:
     """Stop new connections from this node to a backend.
 
     Open connections are kept. The request outlives restarts of the agent; it ends with --undo or when the
     endpoint is deleted. Without a port it applies to all ports of the address.
     """
-    target = _parse(address)
     with one_line():
         maps = open_maps(bpf_root)
         requests = Drained(maps)
         if undo:
-            if not requests.remove(*target):
+            if not requests.remove(*address):
                 raise click.ClickException(f"{address} is not drained")
         else:
-            if not _rows(maps, target):
+            if not _rows(maps, address):
                 raise click.ClickException(f"no backend {address} in {maps.folder}")
-            requests.add(*target)
+            requests.add(*address)
         if not is_locked(bpf_root):
             echo(f"{address}: request saved; it is applied when an agent runs")
             return
-        _wait(bpf_root, requests, target, address, undo=undo)
-        rows = _rows(maps, target)
+        _wait(bpf_root, requests, address, undo=undo)
+        rows = _rows(maps, address)
     echo(f"{address} is {'no longer drained' if undo else 'drained'}")
     if undo and any(row.state == "drained" for row in rows):
         echo("It still gets no new connections: its weight is 0, or another request drains it")
 
 
-def _wait(bpf_root: Path, requests: Drained, target: tuple[bytes, int], address: str, *, undo: bool) -> None:
+def _wait(bpf_root: Path, requests: Drained, target: Endpoint, *, undo: bool) -> None:
     """Returns once the agent has applied the request, which its backends need not show.
 
     One that is not ready gets no new connections anyway, and one with weight 0 counts as drained. Raises
@@ -102,29 +100,11 @@ def _wait(bpf_root: Path, requests: Drained, target: tuple[bytes, int], address:
         except NoAgentError as error:
             why = f": {error}"
         if not undo and target not in requests.read():
-            raise click.ClickException(f"{address}: its endpoint is deleted, and the request with it")
+            raise click.ClickException(f"{target}: its endpoint is deleted, and the request with it")
         time.sleep(0.05)
-    raise click.ClickException(f"{address}: request saved, but the agent has not applied it yet{why}")
+    raise click.ClickException(f"{target}: request saved, but the agent has not applied it yet{why}")
 
 
-def _parse(text: str) -> tuple[bytes, int]:
-    """Address and port, 0 for all. Raises BadParameter."""
-    host, _, digits = text.rpartition(":") if "." in text or "]" in text else (text, "", "")
-    address = parse_address((host or text).strip("[]"))
-    port = parse_port(digits) if host and digits else 0
-    if address is None or port is None:
-        raise click.BadParameter(f"{text!r} is neither an address nor ADDRESS:PORT")
-    return address, port
-
-
-def _rows(maps: MapSet, target: tuple[bytes, int]) -> list[BackendRow]:
+def _rows(maps: MapSet, target: Endpoint) -> list[BackendRow]:
     """The backends with this address that are not gone."""
-    address, port = target
-    text = format_endpoint(address, port).rpartition(":")
-    return [
-        row
-        for row in Dump(maps).backends()
-        if row.state != "gone"
-        and row.address.rpartition(":")[0] == text[0]
-        and (not port or row.address.rpartition(":")[2] == text[2])
-    ]
+    return [row for row in Dump(maps).backends() if row.state != "gone" and target.is_of(row.address)]

@@ -9,7 +9,7 @@ import click
 
 from ebpfproxy.agent.local_pages import CHECK, REPAIR
 from ebpfproxy.cli import options
-from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.errors import answers, one_line
 from ebpfproxy.cli.output import age, console, emit, plain, table
 from ebpfproxy.datapath.drift.findings import Finding
 from ebpfproxy.datapath.dump import open_maps
@@ -34,10 +34,12 @@ def command(bpf_root: Path, output: str, repair: bool, timeout: int) -> None:
 
     The agent compares maps and attached programs with what it has made of the API's objects; the command
     itself looks for other proxies, programs that run before ours, sysctls, kernel features, the clock and
-    MTUs. Without an agent it says which maps contradict themselves. Exit code 1 if anything is wrong;
-    warnings do not count, nor does what has been repaired.
+    MTUs. Without an agent it says which maps contradict themselves.
+
+    Exit code 0: nothing is wrong; 1: something is; 2: the command line is wrong, or there is nothing to read.
+    Warnings do not count, nor does what has been repaired.
     """
-    with one_line():
+    with answers(), one_line():
         maps = open_maps(bpf_root)
         found = check(bpf_root, maps, *ask_agent(bpf_root, REPAIR if repair else CHECK, timeout))
     emit(found, output, _print)

@@ -76,7 +76,7 @@ def effective(address: str, output: str) -> None:
     echo("---\n".join(documents), nl=False)
 
 
-def _ask(address: str) -> dict[str, Any]:
+def _ask(address: str) -> dict[str, dict[str, Any]]:
     """Raises ClickException where no agent answers."""
     try:
         host, port = parse_bind_address(address)
@@ -96,6 +96,11 @@ def _ask(address: str) -> dict[str, Any]:
     if response.status != 200:
         raise click.ClickException(f"{url}: HTTP {response.status}")
     try:
-        return msgspec.json.decode(response.data, type=dict[str, Any])
+        answer = msgspec.json.decode(response.data, type=dict[str, dict[str, Any]])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise click.ClickException(f"{url}: not an agent's answer: {error}") from error
+    if write.OWN_GROUP not in answer:
+        # Its own answer would look like the agent's.
+        whose = "kube-proxy, which has the agent's port" if write.KUBE_PROXY_GROUP in answer else "no agent"
+        raise click.ClickException(f"{url}: the answer is that of {whose}")
+    return answer

@@ -13,9 +13,10 @@ import click
 from ebpfproxy.agent.state import load
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.option_types import Endpoint, EndpointType, ServiceName
 from ebpfproxy.cli.output import age, console, echo, emit, table
 from ebpfproxy.datapath.dump import Dump, open_maps
-from ebpfproxy.datapath.flows.conntrack_table import FlowRow, Timeouts, flows_of
+from ebpfproxy.datapath.flows.conntrack_table import STATES, FlowRow, Timeouts, flows_of
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Protocol
 
@@ -30,42 +31,49 @@ def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--service",
             metavar="NAMESPACE/NAME",
+            type=ServiceName(),
             shell_complete=completion.services,
             help="Only flows to this Service.",
         ),
         click.option(
             "--backend",
             metavar="ADDRESS[:PORT]",
+            type=EndpointType(),
             shell_complete=completion.backends,
             help="Only flows to this backend.",
         ),
-        click.option("--frontend", metavar="ADDRESS[:PORT]", help="Only flows to this frontend."),
-        click.option("--client", metavar="ADDRESS[:PORT]", help="Only flows of this client."),
+        click.option(
+            "--frontend", metavar="ADDRESS[:PORT]", type=EndpointType(), help="Only flows to this frontend."
+        ),
+        click.option(
+            "--client", metavar="ADDRESS[:PORT]", type=EndpointType(), help="Only flows of this client."
+        ),
         click.option(
             "--protocol",
             type=click.Choice([p.name for p in Protocol], case_sensitive=False),
             help="Only flows of this protocol.",
         ),
-        click.option("--state", metavar="STATE", help="Only flows in this state, such as ESTABLISHED."),
+        click.option(
+            "--state",
+            type=click.Choice(STATES, case_sensitive=False),
+            metavar="STATE",
+            help=f"Only flows in this state: {', '.join(STATES)}.",
+        ),
     ):
         function = option(function)
     return function
 
 
 class _Filter:
-    def __init__(self, **wanted: str | None) -> None:
-        self.wanted = {name: text for name, text in wanted.items() if text}
+    def __init__(self, **wanted: str | Endpoint | None) -> None:
+        self.wanted = {name: value for name, value in wanted.items() if value is not None}
 
     def matches(self, flow: FlowRow) -> bool:
-        return all(_matches(name, text, getattr(flow, name)) for name, text in self.wanted.items())
+        return all(_matches(value, getattr(flow, name)) for name, value in self.wanted.items())
 
 
-def _matches(name: str, wanted: str, value: str) -> bool:
-    """An endpoint matches by address and port, or by its address alone."""
-    if name in ("backend", "frontend", "client"):
-        host = value.rpartition(":")[0]
-        return wanted in (value, host, host.strip("[]"))
-    return wanted.lower() == value.lower()
+def _matches(wanted: str | Endpoint, shown: str) -> bool:
+    return wanted.is_of(shown) if isinstance(wanted, Endpoint) else wanted == shown
 
 
 def read(maps: MapSet, most: int | None = None) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
@@ -82,7 +90,7 @@ def read(maps: MapSet, most: int | None = None) -> list[tuple[FlowRow, tuple[byt
 @options.bpf_root
 @options.output_format
 @_filters
-def list_flows(bpf_root: Path, output: str, **wanted: str | None) -> None:
+def list_flows(bpf_root: Path, output: str, **wanted: str | Endpoint | None) -> None:
     """List flows and their translation.
 
     EXPIRES is the time until a flow without further packets ends.
@@ -93,16 +101,16 @@ def list_flows(bpf_root: Path, output: str, **wanted: str | None) -> None:
 
 
 @command.command("get")
-@click.argument("client", metavar="CLIENT:PORT")
+@click.argument("client", metavar="CLIENT:PORT", type=EndpointType(needs_port=True))
 @options.bpf_root
 @options.output_format
-def get_flow(client: str, bpf_root: Path, output: str) -> None:
+def get_flow(client: Endpoint, bpf_root: Path, output: str) -> None:
     """Show the flows of one client address and port.
 
     CLIENT:PORT has the format of list, with an IPv6 address in brackets.
     """
     with one_line():
-        found = [flow for flow, _ in read(open_maps(bpf_root)) if flow.client == client]
+        found = [flow for flow, _ in read(open_maps(bpf_root)) if client.is_of(flow.client)]
         if not found:
             raise click.ClickException(f"no flow of {client}")
         emit(found, output, _print)
@@ -112,15 +120,14 @@ def get_flow(client: str, bpf_root: Path, output: str) -> None:
 @options.bpf_root
 @_filters
 @click.option("--all", "everything", is_flag=True, help="Flush every flow. Without it a filter is required.")
-def flush(bpf_root: Path, everything: bool, **wanted: str | None) -> None:
+def flush(bpf_root: Path, everything: bool, **wanted: str | Endpoint | None) -> None:
     """Delete flows; their connections break.
 
     A connection survives if the frontend is the backend's own address.
     """
     with one_line():
         chosen = _Filter(**wanted)
-        if not chosen.wanted and not everything:
-            raise click.UsageError("give a filter or --all")
+        options.one_of_filters_and_all(filtered=bool(chosen.wanted), everything=everything)
         maps = open_maps(bpf_root)
         flows = [keys for flow, keys in read(maps) if everything or chosen.matches(flow)]
         deleted = sum(maps["conntrack"].delete(key) for keys in flows for key in keys)

@@ -1,4 +1,4 @@
-"""Errors that a user can act on become one line and exit code 1."""
+"""Errors that a user can act on become one line, and exit code 1, or 2 where 1 is an answer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from contextlib import contextmanager
 import click
 
 from ebpfproxy.inspection.failures import FAILURES, told
+
+
+class UnansweredError(click.ClickException):
+    """Nothing was found out, where exit code 1 would say that something is wrong."""
+
+    exit_code = 2
+
+
+@contextmanager
+def answers() -> Iterator[None]:
+    """Gives errors that code."""
+    try:
+        yield
+    except click.UsageError:
+        raise
+    except click.ClickException as error:
+        raise UnansweredError(error.message) from error
 
 
 @contextmanager

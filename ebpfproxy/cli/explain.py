@@ -8,19 +8,13 @@ from pathlib import Path
 import click
 
 from ebpfproxy.cli import completion, options
-from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.errors import UnansweredError, answers, one_line
 from ebpfproxy.cli.explain_text import print_report
 from ebpfproxy.cli.output import emit
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.inspection.failures import QuestionError, WrongNamespaceError
 from ebpfproxy.inspection.inquiry import explained
 from ebpfproxy.services.model import Protocol
-
-
-class UnexplainedError(click.ClickException):
-    """There is nothing to explain with: exit code 1 would say that the connection does not work."""
-
-    exit_code = 2
 
 
 @click.command("explain")
@@ -53,14 +47,12 @@ def command(
     """
     wanted = None if protocol is None else Protocol[protocol.upper()]
     try:
-        with one_line():
+        with answers(), one_line():
             maps = open_maps(bpf_root)
             report = explained(maps, source, target, wanted, bpf_root=bpf_root, cni_results=cni_results)
     except QuestionError as error:
         raise click.UsageError(str(error)) from error
     except WrongNamespaceError as error:
-        raise UnexplainedError(str(error)) from error
-    except click.ClickException as error:
-        raise UnexplainedError(error.message) from error
+        raise UnansweredError(str(error)) from error
     emit(report, output, print_report)
     sys.exit(0 if report.works else 1)

@@ -8,6 +8,7 @@ from typing import Any
 from ebpfproxy.cli.output import console, plain, table
 from ebpfproxy.explain.endpoint_reasons import EndpointRow
 from ebpfproxy.explain.report import Report
+from ebpfproxy.inspection import words
 from ebpfproxy.inspection.explanation import facts, headline
 
 _SHOWN = 16
@@ -25,19 +26,20 @@ def print_report(report: Report) -> None:
         for name, value in facts(each):
             out.print(plain(f"  {name + ':':<16}{value}"))
         if each.endpoints:
-            out.print(_endpoints(each.endpoints))
+            is_kept = each.affinity is not None and each.affinity.backend
+            out.print(_endpoints(each.endpoints, "without affinity" if is_kept else "new connections"))
     if report.without_agent:
         out.print()
         out.print(plain(f"The maps alone are explained, and not why they are so: {report.without_agent}."))
 
 
-def _endpoints(rows: tuple[EndpointRow, ...]) -> Any:
+def _endpoints(rows: tuple[EndpointRow, ...], shares: str) -> Any:
     shown = rows if len(rows) <= _SHOWN else [*_shortened(rows)]
     columns = {
         "": ["" for _ in shown],
         "endpoint": [row.address for row in shown],
         "pod": [row.pod for row in shown],
-        "new connections": [f"{row.share:.0%}" if row.used else "none" for row in shown],
+        shares: [words.share(row.share) if row.used else "none" for row in shown],
         "node": [row.node for row in shown],
         "zone": [row.zone for row in shown],
         "reason": [row.why for row in shown],

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ebpfproxy.cli.cluster_access import access_and_namespace, cluster_errors, remark
-from ebpfproxy.cli.option_types import Seconds
+from ebpfproxy.cli.option_types import NonEmpty, Seconds
 from ebpfproxy.cli.output import echo
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.operator import kube_proxy_objects
@@ -38,7 +38,7 @@ def errors() -> Iterator[None]:
 
 
 @click.command("install")
-@click.option("--image", metavar="REF", required=True, help="Image of the agent.")
+@click.option("--image", metavar="REF", type=NonEmpty(), required=True, help="Image of the agent.")
 @click.option(
     "--image-pull-secret",
     "pull_secrets",

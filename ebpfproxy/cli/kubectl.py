@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import click
 import ebpfproxy
 from ebpfproxy.cli import COMMANDS, cluster_access, kubectl_streams, kubectl_top, sysdump_cluster
 from ebpfproxy.cli.cluster_access import access, cluster_errors
+from ebpfproxy.cli.errors import UnansweredError, answers
 from ebpfproxy.cli.plain_errors import PlainErrorsGroup
 from ebpfproxy.operator.agents import Agents
 from ebpfproxy.operator.api import Api
@@ -33,6 +35,8 @@ class _Remote(NamedTuple):
     client: Callable[[Mapping[str, Any]], str | None]
     by_address: str = ""
     all_nodes: str = ""
+    #: Exit code 1 is an answer of the command.
+    has_answer: bool = False
 
 
 def _traced(params: Mapping[str, Any]) -> str | None:
@@ -50,10 +54,10 @@ def _nobody(_: Mapping[str, Any]) -> None:
 
 _REMOTE = {
     "trace": _Remote(_traced, by_address="--pod", all_nodes="All nodes, with the node's name in each line."),
-    "explain": _Remote(_explained),
+    "explain": _Remote(_explained, has_answer=True),
     "top": _Remote(_nobody, all_nodes="All nodes: in a terminal their sums, else their names in each line."),
     "status": _Remote(_nobody),
-    "check": _Remote(_nobody),
+    "check": _Remote(_nobody, has_answer=True),
 }
 
 
@@ -139,7 +143,7 @@ def _start(
         client = remote.client(parsed.params)
     if node is not None and all_nodes:
         raise click.UsageError("--all-nodes and --node exclude each other")
-    with cluster_errors():
+    with answers() if remote.has_answer else nullcontext(), cluster_errors():
         agents = Agents(Api.from_kubeconfigs(kubeconfig, context, master), daemonset)
         arguments = [name, *words]
         nodes = [node] if node is not None else agents.chosen(()) if all_nodes else []
@@ -151,7 +155,8 @@ def _start(
         nodes = agents.chosen(nodes or [agents.only()])
         if name == "top" and kubectl_top.is_wanted(parsed.params):
             return kubectl_top.run(agents, nodes, arguments, parsed.params)
-        return kubectl_streams.run(agents, nodes, arguments, named=all_nodes)
+        failed = UnansweredError.exit_code if remote.has_answer else 1
+        return kubectl_streams.run(agents, nodes, arguments, named=all_nodes, failed=failed)
 
 
 @main.command("sysdump")

@@ -15,10 +15,17 @@ from ebpfproxy.operator.agents import Agents
 from ebpfproxy.operator.api import ApiError
 
 
-def run(agents: Agents, nodes: Sequence[str], arguments: Sequence[str], *, named: bool) -> int:
-    """Prints what the command prints, if ``named`` with the node in each line; returns the exit code."""
+def run(
+    agents: Agents, nodes: Sequence[str], arguments: Sequence[str], *, named: bool, failed: int = 1
+) -> int:
+    """Prints what the command prints, if ``named`` with the node in each line; returns the exit code.
+
+    That is ``failed`` where no command has ended with one.
+    """
     width = max(map(len, nodes))
-    return follow([Stream(agents, node, arguments, f"{node:<{width}}" if named else "") for node in nodes])
+    return follow(
+        [Stream(agents, node, arguments, f"{node:<{width}}" if named else "", failed) for node in nodes]
+    )
 
 
 def follow(streams: Sequence[Stream], until: Callable[[], None] | None = None) -> int:
@@ -60,14 +67,16 @@ class Stream(threading.Thread):
     #: Lines of several streams are not mixed.
     _lock = threading.Lock()
 
-    def __init__(self, agents: Agents, node: str, arguments: Sequence[str], name: str = "") -> None:
+    def __init__(
+        self, agents: Agents, node: str, arguments: Sequence[str], name: str = "", failed: int = 1
+    ) -> None:
         super().__init__(daemon=True)
         self.node = node
         self._agents, self._arguments, self._name = agents, arguments, name
         self._running: Exec | None = None
         self._rest: dict[Channel, bytes] = {}
         self._ended = False
-        self.code = 1
+        self.code = failed
         self.done = threading.Event()
 
     def end(self) -> None:

@@ -53,6 +53,14 @@ service: Decorator = click.option(
 )
 
 
+def one_of_filters_and_all(*, filtered: bool, everything: bool) -> None:
+    """Raises UsageError where a flush has neither, or both: nobody can mean both."""
+    if filtered and everything:
+        raise click.UsageError("--all excludes filters")
+    if not filtered and not everything:
+        raise click.UsageError("give a filter or --all")
+
+
 def one_service(namespace: str | None, service: str | None) -> tuple[str | None, str | None]:
     """Namespace and name that :func:`namespace` and :func:`service` ask for; None for any.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,18 +67,23 @@ def emit(value: Any, form: str, as_table: Callable[[Any], None]) -> None:
 
 
 def emit_watching(read: Callable[[], Any], form: str, as_table: Callable[[Any], None], watch: bool) -> None:
-    """Prints the result of ``read``; with ``watch`` again at every change, on a cleared terminal."""
+    """Prints the result of ``read``; with ``watch`` again at every change, on a cleared terminal.
+
+    An interrupt is how that ends.
+    """
+    if not watch:
+        emit(read(), form, as_table)
+        return
     before: Any = None
-    while True:
-        value = read()
-        if value != before:
-            if watch and sys.stdout.isatty() and form == "table":
-                click.clear()
-            elif before is not None and form == "yaml":
-                click.echo("---")
-            emit(value, form, as_table)
-            sys.stdout.flush()
-        if not watch:
-            return
-        before = value
-        time.sleep(_WATCH_SECONDS)
+    with suppress(KeyboardInterrupt):
+        while True:
+            value = read()
+            if value != before:
+                if sys.stdout.isatty() and form == "table":
+                    click.clear()
+                elif before is not None and form == "yaml":
+                    click.echo("---")
+                emit(value, form, as_table)
+                sys.stdout.flush()
+            before = value
+            time.sleep(_WATCH_SECONDS)

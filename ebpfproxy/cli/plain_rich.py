@@ -18,3 +18,7 @@ class PlainTable(Table):
 class PlainConsole(Console):
     def print(self, *parts: Any, **options: Any) -> None:
         super().print(*(plain_lines(each) if isinstance(each, str) else each for each in parts), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled: rich would end the process with 1, which is an answer."""
+        raise  # noqa: PLE0704 - what is being handled

@@ -91,7 +91,10 @@ def command(
     except ConfigurationError as error:
         raise click.ClickException(str(error)) from error
     if write_config_to is not None:
-        write_config_to.write_text(to_yaml(used))
+        try:
+            write_config_to.write_text(to_yaml(used))
+        except OSError as error:
+            raise click.ClickException(f"{write_config_to}: {error.strerror}") from error
         echo(f"configuration written to {write_config_to}")
         return
     share_heap()

@@ -9,7 +9,7 @@ import click
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import console, emit_watching, table
-from ebpfproxy.datapath.dump import Dump, FrontendRow, open_maps
+from ebpfproxy.datapath.dump import CurrentMaps, Dump, FrontendRow
 
 _SHOWN_BACKENDS = 4
 
@@ -26,11 +26,12 @@ def command() -> None:
 @options.namespace
 def list_services(bpf_root: Path, output: str, watch: bool, namespace: str | None) -> None:
     """List frontends with the backends that new connections get."""
+    options.one_service(namespace, None)
     with one_line():
-        maps = open_maps(bpf_root)
+        maps = CurrentMaps(bpf_root)
 
         def read() -> list[FrontendRow]:
-            rows = Dump(maps).frontends()
+            rows = Dump(maps.get()).frontends()
             return [row for row in rows if namespace in (None, row.namespace)]
 
         emit_watching(read, output, _print_list, watch)
@@ -43,17 +44,16 @@ def list_services(bpf_root: Path, output: str, watch: bool, namespace: str | Non
 @options.watch
 def get_service(service: str, bpf_root: Path, output: str, watch: bool) -> None:
     """Show the frontends of one Service with all backends. The default namespace is "default"."""
-    namespace, slash, name = service.partition("/")
-    if not slash:
-        namespace, name = "default", service
+    full = service if options.has_namespace("[NAMESPACE/]NAME", service) else f"default/{service}"
+    namespace, _, name = full.partition("/")
     with one_line():
-        maps = open_maps(bpf_root)
+        maps = CurrentMaps(bpf_root)
 
         def read() -> list[FrontendRow]:
-            return [r for r in Dump(maps).frontends() if (r.namespace, r.name) == (namespace, name)]
+            return [r for r in Dump(maps.get()).frontends() if (r.namespace, r.name) == (namespace, name)]
 
         if not read() and not watch:
-            raise click.ClickException(f"no frontend of a Service {namespace}/{name} in {maps.folder}")
+            raise click.ClickException(f"no frontend of a Service {namespace}/{name} in {maps.get().folder}")
         emit_watching(read, output, _print_all, watch)
 
 

@@ -12,7 +12,7 @@ from ebpfproxy.agent import state
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit_watching, table
-from ebpfproxy.datapath.dump import MapFill, open_maps
+from ebpfproxy.datapath.dump import CurrentMaps, MapFill
 from ebpfproxy.inspection.status import PODS, DeviceStatus, Status, facts, is_half, read_status
 
 #: A map is shown once this share of its entries is in use.
@@ -29,12 +29,13 @@ _FILLING = 0.75
 def command(bpf_root: Path, output: str, watch: bool, verbose: bool) -> None:
     """Show what runs on this node: health, problems, programs, devices, watches, and maps that fill up.
 
-    It reads the kernel and the pinned maps, so that it also works while the agent is stopped.
+    It reads the kernel and the pinned maps, so that it also works while the agent is stopped. What it shows
+    does not change the exit code: that is the answer of `ebpfproxy check`.
     """
     with one_line():
-        maps = open_maps(bpf_root)
+        maps = CurrentMaps(bpf_root)
         emit_watching(
-            lambda: read_status(bpf_root, maps), output, lambda status: _print(status, verbose), watch
+            lambda: read_status(bpf_root, maps.get()), output, lambda status: _print(status, verbose), watch
         )
 
 

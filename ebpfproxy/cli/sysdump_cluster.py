@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkstemp
 from typing import IO
 
 import click
@@ -35,14 +36,25 @@ def of_cluster(api: Api, file: Path, nodes: Iterable[str], daemon_set: str, kube
 
 @contextmanager
 def opened(file: Path) -> Iterator[IO[bytes]]:
+    """An archive is there once it is whole. Others may not read it, whoever has made a file of this name."""
     if str(file) == "-":
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
     try:
-        # Others may not read it, whatever the umask says.
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as out:
-            yield out
+        if file.exists() and not file.is_file():
+            with file.open("wb") as pipe:
+                yield pipe
+            return
+        # A link, such as /dev/stdout, is not replaced.
+        target = file.resolve()
+        descriptor, unfinished = mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+                yield out
+            Path(unfinished).rename(target)
+        except BaseException:
+            Path(unfinished).unlink()
+            raise
     except OSError as error:
         raise click.ClickException(f"{file}: {error.strerror}") from error

@@ -12,7 +12,7 @@ import click
 from ebpfproxy.agent import state
 from ebpfproxy.cli import cluster_access, options
 from ebpfproxy.cli.cluster_access import access, remark
-from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.errors import UnansweredError, one_line
 from ebpfproxy.cli.output import console, echo, emit, plain, table
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.roots import pin_folder
@@ -28,12 +28,6 @@ from ebpfproxy.operator.test.site import CannotTestError, Wanted
 
 #: So many failures of one check are printed.
 _SHOWN = 3
-
-
-class UntestedError(click.ClickException):
-    """Nothing was found out: exit code 1 would say that Services do not work."""
-
-    exit_code = 2
 
 
 @click.command("test")
@@ -140,11 +134,11 @@ def _untested() -> Iterator[None]:
     except click.UsageError:
         raise
     except click.ClickException as error:
-        raise UntestedError(error.message) from error
+        raise UnansweredError(error.message) from error
     except (ApiError, CannotTestError, ConfigError, ManifestError, OSError) as error:
-        raise UntestedError(str(error)) from error
+        raise UnansweredError(str(error)) from error
     except KeyboardInterrupt:
-        raise UntestedError("interrupted") from None
+        raise UnansweredError("interrupted") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

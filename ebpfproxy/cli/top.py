@@ -17,8 +17,7 @@ from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.output import console, echo, json_of
-from ebpfproxy.datapath.dump import open_maps
-from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.dump import CurrentMaps
 from ebpfproxy.inspection.measuring import measuring
 from ebpfproxy.top.comparison import Comparison, Wanted
 from ebpfproxy.top.reading import Reader
@@ -107,18 +106,36 @@ def command(
         service=service,
     )
     with one_line():
-        maps = open_maps(bpf_root)
-        with _interruptible():
+        maps = CurrentMaps(bpf_root)
+        with _interruptible(once=once):
             if not once and output == "table" and is_live():
                 # Another order needs no other numbers.
                 every = tuple(dict.fromkeys([*wanted.sort, *Sort]))
-                _live(maps, wanted._replace(sort=every, rows=rows or SCREEN_ROWS), interval)
+                numbers = _Numbers(maps, wanted._replace(sort=every, rows=rows or SCREEN_ROWS))
+                _live(numbers, wanted.sort[0], interval, backends=backends > 0)
             else:
-                _print(maps, wanted, interval, output, once=once)
+                _print(_Numbers(maps, wanted), wanted.sort[0], interval, output, once=once)
 
 
-def _comparison(maps: MapSet, wanted: Wanted) -> Comparison:
-    return Comparison(Reader(maps), wanted, time.monotonic(), partial(measuring, maps))
+class _Numbers:
+    """Compares readings of the same maps. One thread uses it."""
+
+    def __init__(self, maps: CurrentMaps, wanted: Wanted) -> None:
+        self._maps, self._wanted = maps, wanted
+        self._comparison: Comparison | None = None
+
+    def begin(self) -> None:
+        maps = self._maps.get()
+        self._comparison = Comparison(Reader(maps), self._wanted, time.monotonic(), partial(measuring, maps))
+
+    def next(self) -> Top | None:
+        """None where the agent has made other maps since: it begins anew then."""
+        if self._comparison is None or self._maps.are_replaced:
+            # It reads memory of the former maps, which are closed now.
+            self._comparison = None
+            self.begin()
+            return None
+        return self._comparison.next(time.monotonic(), time.time())
 
 
 def is_live() -> bool:
@@ -130,12 +147,14 @@ def is_live() -> bool:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ends this way, or at the end of a pipe, as ``tail -f`` does."""
+def _interruptible(*, once: bool) -> Iterator[None]:
+    """Ends this way, or at the end of a pipe, as ``tail -f`` does, unless one result is awaited."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except (KeyboardInterrupt, BrokenPipeError):
+        if once:
+            raise
         # The interpreter would complain of the pipe at its end.
         sys.stderr.close()
 
@@ -144,20 +163,21 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _live(maps: MapSet, wanted: Wanted, interval: float) -> None:
+def _live(numbers: _Numbers, sort: Sort, interval: float, *, backends: bool) -> None:
     from ebpfproxy.cli.top_screen import Screen  # noqa: PLC0415 - only a terminal needs it
 
     def feed() -> None:
         try:
-            comparison = _comparison(maps, wanted)
+            numbers.begin()
             pause = min(interval, _FIRST_SECONDS)
             while not ended.wait(pause):
-                screen.show(comparison.next(time.monotonic(), time.time()))
+                if (found := numbers.next()) is not None:
+                    screen.show(found)
                 pause = interval
         except BaseException as error:
             screen.end(error)
 
-    screen, ended = Screen(wanted.sort[0], backends=wanted.backends > 0), threading.Event()
+    screen, ended = Screen(sort, backends=backends), threading.Event()
     feeding = threading.Thread(target=feed, daemon=True)
     feeding.start()
     try:
@@ -166,15 +186,16 @@ def _live(maps: MapSet, wanted: Wanted, interval: float) -> None:
         ended.set()
 
 
-def _print(maps: MapSet, wanted: Wanted, interval: float, output: str, *, once: bool) -> None:
-    comparison = _comparison(maps, wanted)
+def _print(numbers: _Numbers, sort: Sort, interval: float, output: str, *, once: bool) -> None:
+    numbers.begin()
     while True:
         time.sleep(interval)
-        found = comparison.next(time.monotonic(), time.time())
+        if (found := numbers.next()) is None:
+            continue
         if output == "json":
             click.echo(json_of(found))
         else:
-            print_rows(found, wanted.sort[0])
+            print_rows(found, sort)
         if once:
             return
         if output != "json":

@@ -17,7 +17,7 @@ from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import layout, socket_layout, uapi
 from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.abi.layout import Scope, ServiceFlags
-from ebpfproxy.datapath.abi.schema import XDP_MAPS, map_specs
+from ebpfproxy.datapath.abi.schema import SCHEMA_VERSION, XDP_MAPS, map_specs
 from ebpfproxy.datapath.kernel.bpf_map import WindowedArray
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 from ebpfproxy.datapath.kernel.roots import pin_folder
@@ -103,7 +103,8 @@ class ServiceCounters(msgspec.Struct, frozen=True):
 def open_maps(bpf_root: Path) -> MapSet:
     """The maps that attached programs use, else the newest.
 
-    Raises NothingPinnedError, also for those of another version of ebpfproxy, and PermissionError.
+    Raises NothingPinnedError, also for those of another version of ebpfproxy and where some are gone, and
+    PermissionError.
     """
     pins = pin_folder(bpf_root)
     versions = [p for p in pins.glob("v*-*") if (p / "maps").is_dir()] if pins.is_dir() else []
@@ -118,14 +119,65 @@ def open_maps(bpf_root: Path) -> MapSet:
         used = any(
             program_id(program) == running.get(program.name) for program in version.glob("progs-*/connect4")
         )
-        return used, version.stat().st_mtime
+        try:
+            return used, version.stat().st_mtime
+        except FileNotFoundError:
+            # An agent that has made others removes it at this moment.
+            return used, 0.0
 
     folder = max(versions, key=preference)
     maps = open_pinned(folder)
-    if maps.maps.keys() | XDP_MAPS != {spec.name for spec in map_specs(Capacity())}:
+    lacking = {spec.name for spec in map_specs(Capacity())} - maps.maps.keys() - XDP_MAPS
+    if lacking:
         maps.close()
-        raise NothingPinnedError(f"{folder} is of another version of ebpfproxy, whose own commands read it")
+        raise NothingPinnedError(_why_lacking(folder, sorted(lacking)))
     return maps
+
+
+def _why_lacking(folder: Path, names: list[str]) -> str:
+    is_other = not folder.name.startswith(f"v{SCHEMA_VERSION}-")
+    if is_other or any((folder / "maps" / name).exists() for name in names):
+        return f"{folder} is of another version of ebpfproxy, whose own commands read it"
+    return (
+        f"{folder / 'maps'} lacks {', '.join(names)}: somebody has removed pins, which a running agent"
+        " restores within seconds, or it is of another version of ebpfproxy, whose own commands read it"
+    )
+
+
+class CurrentMaps:
+    """The maps that programs use, for what reads them for long: an agent with other sizes makes others.
+
+    Raises what :func:`open_maps` raises, also later: somebody may remove them all.
+    """
+
+    def __init__(self, bpf_root: Path) -> None:
+        self._bpf_root = bpf_root
+        self._open()
+
+    @property
+    def are_replaced(self) -> bool:
+        """True where others have their place, or none."""
+        return _pin_of(self._maps) != self._pin
+
+    def get(self) -> MapSet:
+        """Closes those of before where they are replaced: nobody may use them any more."""
+        if self.are_replaced:
+            self._maps.close()
+            self._open()
+        return self._maps
+
+    def _open(self) -> None:
+        self._maps = open_maps(self._bpf_root)
+        self._pin = _pin_of(self._maps)
+
+
+def _pin_of(maps: MapSet) -> tuple[int, int] | None:
+    """Which file pins one of them, which go together; None where it is gone."""
+    try:
+        found = (maps.folder / "maps" / "backends").stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class Dump:

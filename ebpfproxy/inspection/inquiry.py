@@ -20,7 +20,7 @@ from ebpfproxy.datapath.programs.devices import LOOPBACK, device_attachments
 from ebpfproxy.datapath.programs.loader import Options
 from ebpfproxy.datapath.programs.xdp_places import xdp_attachments
 from ebpfproxy.explain.answer import Explanation, Known, explain
-from ebpfproxy.explain.path import Client, Programs, Target
+from ebpfproxy.explain.path import Client, Place, Programs, Target
 from ebpfproxy.explain.report import Report, report_of, without_frontend
 from ebpfproxy.explain.targets import AmbiguousPortError, Asked, programmed, targets
 from ebpfproxy.inspection.agent import AskedOnce
@@ -28,7 +28,7 @@ from ebpfproxy.inspection.clients import find_client
 from ebpfproxy.inspection.failures import QuestionError, WrongNamespaceError
 from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.netlink.routes import Routes
-from ebpfproxy.services.model import Protocol
+from ebpfproxy.services.model import Protocol, format_address
 from ebpfproxy.services.values import parse_address, parse_port
 
 #: The agent says which names exist; these can be asked for.
@@ -80,8 +80,12 @@ class Inquiry:
         )
 
     def report(self, asked: Target | Asked) -> Report:
-        """Raises QuestionError where the Service has several ports."""
+        """Raises QuestionError where the Service has several ports, and for an address of another family."""
         if isinstance(asked, Target):
+            is_outside = self._client.place is Place.OUTSIDE
+            if is_outside and not self._client.address(len(asked.address)):
+                address = format_address(asked.address)
+                raise QuestionError(f"{self._client.name} sends no packet to {address}, of the other family")
             return report_of([self._explain(asked)], self._asked.silence)
         service = self._asked.service(asked.namespace, asked.name)
         frontends = programmed(self._dump.entries(), self._dump.names, asked)

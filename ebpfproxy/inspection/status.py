@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from ebpfproxy.node.roles import Role
 #: The role of devices that lead to pods.
 PODS = str(Role.LOCAL)
 _SHOWN_DEVICES = 8
+#: An agent that has written no record for so long does nothing else either.
+_SILENT_SECONDS = 6 * state.HEARTBEAT
 
 
 class AttachmentStatus(msgspec.Struct, frozen=True):
@@ -91,6 +94,7 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
         healthy=running
         and agent is not None
         and agent.healthy
+        and not _silence(agent)
         and all(a.attached for a in hooks)
         and len(devices) >= wanted,
         problems=tuple(_problems(agent, running, hooks, devices)),
@@ -116,6 +120,11 @@ def _problems(
         yield "the agent has not finished its start" + " yet" * running
     elif running and not agent.healthy:
         yield "a change has waited for more than a minute to be programmed"
+    if running and agent is not None and (silent := _silence(agent)):
+        yield (
+            f"the agent has not reported for {age(silent)}: it is starting, hangs, or gets no CPU;"
+            " changes are not applied"
+        )
     if missing := [a.hook for a in hooks if not a.attached]:
         yield f"socket programs are missing: {' '.join(missing)}"
     if agent is not None and len(devices) < agent.devices:
@@ -127,6 +136,12 @@ def _problems(
         for watch in agent.watches:
             if running and watch.state != State.CONNECTED:
                 yield f"the watch of {watch.resource} is {watch.state}: {watch.error or 'no response yet'}"
+
+
+def _silence(agent: state.AgentState) -> float:
+    """Seconds since its last report, if these are too many."""
+    silent = time.monotonic() - agent.heartbeat if agent.heartbeat else 0.0
+    return silent if silent > _SILENT_SECONDS else 0.0
 
 
 def is_half(device: DeviceStatus) -> bool:

@@ -6,11 +6,16 @@ from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS
 
 
 def age(seconds: float) -> str:
-    """``3s``, ``5m``, ``2h``, ``4d``."""
+    """``3s``, ``5m``, ``2h``, ``4d``; what a clock that was set back puts into the future is now."""
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= 2 * length:
             return f"{int(seconds // length)}{unit}"
-    return f"{seconds:.0f}s"
+    return f"{max(seconds, 0.0):.0f}s"
+
+
+def share(part: float) -> str:
+    """``50%``, ``1%``, ``0.25%``: of one endpoint among hundreds it is not nothing."""
+    return f"{part:.2%}" if 0 < part < 0.01 else f"{part:.0%}"
 
 
 def duration(seconds: float) -> str:

@@ -132,19 +132,24 @@ class Api:
 
     def get(self, kind: str, namespace: str, name: str) -> Object | None:
         """Returns None where there is none."""
+        path = path_of(kind, namespace, name)
         try:
-            return self._json("GET", path_of(kind, namespace, name), shown(kind, namespace, name))[0]
+            found = self._json("GET", path, shown(kind, namespace, name))[0]
         except ApiError as error:
             if error.status == _NOT_FOUND:
                 return None
             raise
+        self._check_objects(path, [found])
+        return found
 
     def list(self, kind: str, namespace: str, **selectors: str) -> list[Object]:
         """``labelSelector=…``, ``fieldSelector=…``; empty ones select all."""
         what = RESOURCES[kind][1] + (f" of {namespace}" if RESOURCES[kind][2] and namespace else "")
         query = {name: value for name, value in selectors.items() if value}
-        found = self._json("GET", path_of(kind, namespace), what, query)[0]
-        return list(found.get("items") or ())
+        path = path_of(kind, namespace)
+        items = self._json("GET", path, what, query)[0].get("items") or []
+        self._check_objects(path, items)
+        return list(items)
 
     def config(self, namespace: str, name: str, key: str) -> str:
         """Returns a text of a ConfigMap; empty where there is none."""
@@ -211,6 +216,11 @@ class Api:
 
     # -- requests
 
+    def _check_objects(self, path: str, found: Any) -> None:
+        """Something between may answer in place of an API server: all that this relies on is missing then."""
+        if not isinstance(found, list) or not all(map(_is_object, found)):
+            raise ApiError(f"{self.host}{path}: not an API server's answer: no objects with metadata")
+
     def _json(self, method: str, path: str, what: str, *rest: Any, **options: Any) -> tuple[Object, Reply]:
         reply = self._ask(method, path, what, *rest, **options)
         try:
@@ -241,6 +251,10 @@ class Api:
             )
         except Failure as failure:
             raise ApiError(f"{what if failure.status else self.host}: {failure}", failure.status) from failure
+
+
+def _is_object(found: Any) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("metadata"), dict)
 
 
 def _place(item: Object) -> tuple[str, str, str]:

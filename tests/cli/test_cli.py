@@ -7,16 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
 
 import ebpfproxy
 from ebpfproxy.cli import main
-from ebpfproxy.cli.option_types import Seconds
+from ebpfproxy.cli.option_types import EndpointType, Seconds
 from ebpfproxy.cli.output import age, emit, plain
 from ebpfproxy.datapath.dump import BackendRef
-from ebpfproxy.datapath.kernel.roots import RootError, ensure_bpffs
+from ebpfproxy.inspection.words import share
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -133,10 +134,68 @@ def test_invalid_options_of_top_are_named(arguments: tuple[str, ...], said: str)
     assert said in output
 
 
-def test_flush_requires_a_filter() -> None:
-    code, said = run("conntrack", "flush")
-    assert code == 2
-    assert "give a filter or --all" in said
+@pytest.mark.parametrize("command", ["conntrack", "affinity"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give a filter or --all"),
+        (("--all", "--service", "shop/web"), "--all excludes filters"),
+        # What a script takes from an empty variable must not be left out: the rest flushes too much.
+        (("--service", ""), "'' is not NAMESPACE/NAME"),
+        (("--service", "shop/web", "--client", ""), "--client"),
+        (("--service", "shop/web", "--backend", ""), "'' is not ADDRESS or ADDRESS:PORT"),
+        # What no list shows would find nothing, and say that there is nothing.
+        (("--service", "web"), "'web' is not NAMESPACE/NAME"),
+        (("--backend", "10.0.0.1:x"), "'10.0.0.1:x' is not ADDRESS or ADDRESS:PORT"),
+        (("--backend", "web-1"), "'web-1' is not ADDRESS or ADDRESS:PORT"),
+    ],
+)
+def test_flush_requires_a_filter_that_can_be_understood(
+    command: str, arguments: tuple[str, ...], said: str
+) -> None:
+    code, output = run(command, "flush", *arguments)
+    assert (code, said in output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("conntrack", "list", "--state", "established?"), "'established?' is not one of"),
+        (("conntrack", "get", "192.0.2.1"), "'192.0.2.1' is not ADDRESS:PORT"),
+        (("backend", "drain", "192.0.2.1:"), "'192.0.2.1:' is not ADDRESS or ADDRESS:PORT"),
+        (("service", "get", "a/b/c"), "'a/b/c' is not NAME or NAMESPACE/NAME"),
+        (("service", "get", ""), "'' is not NAME or NAMESPACE/NAME"),
+        (("service", "list", "-n", ""), "--namespace: the name is empty"),
+        (("install", "--image", "", "--dry-run"), "Invalid value for '--image': it is empty"),
+    ],
+)
+def test_names_that_nothing_has_are_errors(arguments: tuple[str, ...], said: str) -> None:
+    code, output = run(*arguments)
+    assert (code, said in output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant", "others"),
+    [
+        ("10.0.0.1", ["10.0.0.1:80", "10.0.0.1:53"], ["10.0.0.10:80", "[::1]:80"]),
+        ("10.0.0.1:80", ["10.0.0.1:80"], ["10.0.0.1:8"]),
+        ("fd00:0::1", ["[fd00::1]:80", "[fd00::1]:53"], ["[fd00::11]:80"]),
+        ("[FD00::1]", ["[fd00::1]:80"], ["10.0.0.1:80"]),
+        ("[fd00::0:1]:80", ["[fd00::1]:80"], ["[fd00::1]:53"]),
+        # Without brackets all of it is the address.
+        ("fd00::1:80", ["[fd00::1:80]:1"], ["[fd00::1]:80"]),
+    ],
+)
+def test_endpoints_in_any_notation(text: str, meant: list[str], others: list[str]) -> None:
+    """A list shows addresses in the shortest notation, and they are meant however somebody writes them."""
+    found = EndpointType().convert(text, None, None)
+    assert [shown for shown in meant + others if found.is_of(shown)] == meant
+
+
+@pytest.mark.parametrize("text", ["", ":80", "[fd00::1", "[fd00::1]80", "[fd00::1]:", "10.0.0.1:0", "a:1"])
+def test_no_endpoints(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not ADDRESS or ADDRESS:PORT"):
+        EndpointType().convert(text, None, None)
 
 
 @pytest.mark.root
@@ -160,6 +219,13 @@ def test_output_without_pinned_maps(command: tuple[str, ...], tmp_path: Path) ->
         said
         == f"Error: nothing is pinned below {tmp_path}/ebpfproxy: no agent has run with this --bpf-root\n"
     )
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("command", [("check",), ("explain", "host", "10.96.0.10:80")], ids=" ".join)
+def test_answers_by_exit_code_need_pinned_maps(command: tuple[str, ...], tmp_path: Path) -> None:
+    code, said = run(*command, "--bpf-root", str(tmp_path))
+    assert (code, f"nothing is pinned below {tmp_path}/ebpfproxy" in said) == (2, True)
 
 
 def test_environment_variable_sets_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +275,38 @@ def test_run_reports_invalid_roots(tmp_path: Path) -> None:
     assert f"--cgroup-root {tmp_path}: not a cgroup v2 folder" in done.stderr
 
 
-def test_a_bpffs_is_mounted_over_an_empty_folder_alone(tmp_path: Path) -> None:
-    """--bpf-root /proc would take the processes from the whole node."""
-    (tmp_path / "file").touch()
-    with pytest.raises(RootError, match=f"^--bpf-root {tmp_path}: no bpffs, and not empty"):
-        ensure_bpffs(tmp_path)
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("names", "said"), [((), "mounted"), (("etc",), "neither on a bpffs nor empty")], ids=["empty", "used"]
+)
+def test_a_bpffs_hides_no_files(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
+    """`--bpf-root /proc` took the whole node with it. What is mounted here goes with its mount namespace."""
+    for name in names:
+        (tmp_path / name).mkdir()
+    program = (
+        "import os, pathlib, sys; from ebpfproxy.datapath.kernel.roots import *\n"
+        "root = pathlib.Path(sys.argv[1])\n"
+        "try: print('mounted' if ensure_bpffs(root) else 'there')\n"
+        "except RootError as error: print(error)\n"
+        "print(*os.listdir(root))"
+    )
+    alone = ["unshare", "--mount", "--propagation", "private"]
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    first, last = done.stdout.splitlines()
+    assert said in first
+    # A new bpffs has files of its own.
+    assert set(names) <= set(last.split())
+
+
+def test_configuration_that_cannot_be_written_is_one_line() -> None:
+    code, said = run("run", "--write-config-to", "/nonexistent/config.yaml")
+    assert (code, said) == (1, "Error: /nonexistent/config.yaml: No such file or directory\n")
 
 
 def test_json_and_yaml_output_are_equal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,10 +319,17 @@ def test_json_and_yaml_output_are_equal(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(0.2, "0s"), (90, "90s"), (300, "5m"), (7200, "2h"), (200000, "2d")]
+    ("seconds", "shown"), [(-3600, "0s"), (0.2, "0s"), (90, "90s"), (300, "5m"), (7200, "2h"), (200000, "2d")]
 )
 def test_format_of_ages(seconds: float, shown: str) -> None:
     assert age(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"), [(1.0, "100%"), (1 / 3, "33%"), (0.01, "1%"), (1 / 200, "0.50%"), (0.0, "0%")]
+)
+def test_format_of_shares(part: float, shown: str) -> None:
+    assert share(part) == shown
 
 
 @pytest.mark.parametrize("hostile", ["\x1b[2J", "a\nb", "\x9b31m", "\u202e", "\r", "\x07"])

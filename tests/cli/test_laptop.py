@@ -79,7 +79,7 @@ def test_plugin_of_kubectl_runs_without_them() -> None:
     assert done.returncode == 0, done.stderr
     assert "--all-nodes" in done.stdout and "--interval DURATION" in done.stdout
     done = run("explain", "a", "b:80", "--kubeconfig", "/nonexistent", module="ebpfproxy.cli.kubectl")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("Error: /nonexistent: no such kubeconfig")
 
 

@@ -100,3 +100,21 @@ def test_responses_of_other_servers_are_errors() -> None:
     finally:
         server.stop()
         other.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "whose"),
+    [
+        ('{"kubeproxy.config.k8s.io": {"mode": "iptables"}}', "kube-proxy, which has the agent's port"),
+        ('{"a": {}}', "no agent"),
+    ],
+)
+def test_another_programs_configuration_is_not_the_agents(text: str, whose: str) -> None:
+    """Until a migration ends, kube-proxy has the port; its answer has the same form."""
+    server = HttpServer("other", "127.0.0.1:0", {"/configz": lambda: text_answer(text)})
+    server.start()
+    try:
+        code, _, output = run("effective", "--address", f"127.0.0.1:{server.port}")
+    finally:
+        server.stop()
+    assert (code, output.endswith(f"/configz: the answer is that of {whose}\n")) == (1, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import rmtree
 
 import msgspec
 import pytest
@@ -61,6 +62,42 @@ def test_commands_report_another_version(pins: Path, other: MapSet) -> None:
     with pytest.raises(dump.NothingPinnedError, match="another version of ebpfproxy") as output:
         dump.open_maps(pins)
     assert str(other.folder) in str(output.value)
+
+
+def test_commands_name_the_maps_whose_pins_are_gone(pins: Path) -> None:
+    """Another version's commands would not read them either."""
+    made = maps.open_or_create(pin_folder(pins), SMALL)
+    for name in ("members", "conntrack"):
+        (made.folder / "maps" / name).unlink()
+    with pytest.raises(
+        dump.NothingPinnedError, match=f"{made.folder}/maps lacks conntrack, members: somebody"
+    ):
+        dump.open_maps(pins)
+    made.close()
+
+
+def test_what_reads_maps_for_long_follows_an_agent_that_makes_others(pins: Path) -> None:
+    """`ebpfproxy service list --watch` would show the former ones for ever."""
+    home = pin_folder(pins)
+    former = maps.open_or_create(home, SMALL)
+    current = dump.CurrentMaps(pins)
+    assert current.get().folder == former.folder and not current.are_replaced
+    other = maps.open_or_create(home, msgspec.structs.replace(SMALL, backends=2048))
+    rmtree(former.folder)
+    assert current.are_replaced
+    assert current.get().folder == other.folder
+    assert not current.are_replaced
+    # So does one with other maps of the same sizes.
+    rmtree(other.folder)
+    again = maps.open_or_create(home, msgspec.structs.replace(SMALL, backends=2048))
+    assert current.are_replaced
+    again["drained"].update(REQUEST, U32.pack(1))
+    assert dict(current.get()["drained"].items()) == {REQUEST: U32.pack(1)}
+    rmtree(again.folder)
+    with pytest.raises(dump.NothingPinnedError, match="nothing is pinned"):
+        current.get()
+    for each in (former, other, again):
+        each.close()
 
 
 @pytest.mark.parametrize("field", Capacity.__struct_fields__)

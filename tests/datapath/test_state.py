@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,8 @@ from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.dump import fill
 from ebpfproxy.datapath.kernel import bpf, maps
+from ebpfproxy.datapath.kernel.roots import Lock, pin_folder
+from ebpfproxy.inspection.status import read_status
 
 pytestmark = pytest.mark.root
 
@@ -29,6 +32,33 @@ def test_state_of_the_agent_with_the_newest_maps_is_loaded(pins: Path) -> None:
         assert state.load(opened) == record
         opened.close()
     assert state.load_latest(pins) == new
+
+
+def test_the_latest_record_is_found_after_the_clock_was_set_back(pins: Path) -> None:
+    """Commands ask at the socket that it names."""
+    before = msgspec.structs.replace(OLD, heartbeat=50.0)
+    after = msgspec.structs.replace(OLD, pid=8, written=OLD.written - 3600, heartbeat=60.0)
+    for record, backends in ((before, 100), (after, 200)):
+        opened = maps.open_or_create(pins, Capacity(backends=backends))
+        state.save(opened, record)
+        opened.close()
+    assert state.load_latest(pins) == after
+
+
+@pytest.mark.parametrize(
+    ("silent", "hangs"), [(0.0, False), (40.0, True), (None, False)], ids=["well", "hangs", "other-version"]
+)
+def test_an_agent_that_hangs_is_a_problem(pins: Path, silent: float | None, hangs: bool) -> None:
+    """It holds its lock, and the last record that it wrote says that all is well."""
+    (home := pin_folder(pins)).mkdir()
+    opened = maps.open_or_create(home, Capacity())
+    heartbeat = 0.0 if silent is None else time.monotonic() - silent
+    state.save(opened, msgspec.structs.replace(OLD, healthy=True, heartbeat=heartbeat))
+    lock = Lock([("--bpf-root", pins)])
+    found = read_status(pins, opened)
+    lock.release()
+    opened.close()
+    assert any(each.startswith("the agent has not reported for 40s:") for each in found.problems) is hangs
 
 
 def test_a_record_fits_whatever_others_have_answered(pins: Path) -> None:

@@ -84,7 +84,8 @@ def _parse(words: list[str], *, whole: bool) -> str:
     if isinstance(command, click.Group):
         return "" if not whole or words in (["--help"], ["--version"]) else "a group, not a command"
     try:
-        command.make_context(ctx.info_name or "", words)
+        # It takes from the list what it parses.
+        command.make_context(ctx.info_name or "", [*words])
     except click.exceptions.Exit:
         return ""  # --help
     except click.MissingParameter as error:

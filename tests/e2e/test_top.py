@@ -266,3 +266,15 @@ def test_it_works_without_an_agent(cluster: OutsideClientCluster, agent: Agent) 
     lines.until(lambda now: row_of(now, "web")["connections"] == before + 2)
     agent.start()
     assert lines.end() == (0, b"")
+
+
+def test_it_follows_an_agent_that_makes_other_maps(cluster: OutsideClientCluster, agent: Agent) -> None:
+    """With other sizes programs count elsewhere: it begins anew there."""
+    lines = Lines(cluster)
+    agent.stop()
+    other = cluster.agent("--max-backends", "2048").start()
+    cluster.client.call(clients.spread_tcp, WEB, 80, 2)
+    lines.until(lambda now: row_of(now, "web")["connections"] == 2)
+    assert lines.end() == (0, b"")
+    other.stop()
+    agent.start()

@@ -265,6 +265,7 @@ def test_affinity_names_the_backend_that_the_client_keeps(cluster: OutsideClient
     kept = pods[cluster.client.call(clients.ask_tcp, "10.96.2.5", 80)["name"]]
     (after,) = explained(cluster, "shop/client", "10.96.2.5:80")
     assert after["affinity"]["backend"] == kept and 10700 < after["affinity"]["expires"] <= 10800
+    assert "WITHOUT AFFINITY" in run(cluster, "shop/client", "10.96.2.5:80").output
     assert kept in after["why"]
     assert pods[cluster.client.call(clients.ask_tcp, "10.96.2.5", 80)["name"]] == kept
     cluster.remove("sticky")
@@ -332,6 +333,8 @@ def test_services_that_have_no_frontend_say_why(cluster: OutsideClientCluster) -
         (("ff02::1", "shop/web:http"), "ff02::1 is multicast"),
         (("fe80::1", "shop/web:http"), "fe80::1 is link-local"),
         (("255.255.255.255", "shop/web:http"), "255.255.255.255 is broadcast"),
+        (("fd00::7", "10.96.0.10:80"), "fd00::7 sends no packet to 10.96.0.10, of the other family"),
+        (("192.0.2.7", "[fd00:10:96::10]:53"), "192.0.2.7 sends no packet to fd00:10:96::10, of the other"),
         (("host", "shop/web?x:http"), "is neither a Service"),
         (("host", "shop/we#b:http"), "is neither a Service"),
         (("host", "[::ffff:10.96.0.10]:80"), "is neither a Service"),

@@ -114,9 +114,10 @@ def test_status_and_check_run_on_the_node_that_is_named(cluster: Cluster) -> Non
         (("trace", "--all-nodes", "--node", "node-a"), 2, "exclude each other"),
         (("top",), 1, "name a --node; agents are on node-a, node-b"),
         (("top", "--node", "node-a", "--sort", "size"), 2, "'size' is not one of"),
-        (("explain", "shop/nobody", "web:http"), 1, "no pod shop/nobody is on any node"),
-        (("explain", "203.0.113.7", "web:http"), 1, "name a --node for other clients"),
+        (("explain", "shop/nobody", "web:http"), 2, "no pod shop/nobody is on any node"),
+        (("explain", "203.0.113.7", "web:http"), 2, "name a --node for other clients"),
         (("status", "--daemonset", "kube-system/other"), 1, "there is no pod of DaemonSet kube-system/other"),
+        (("check",), 2, "name a --node; agents are on node-a, node-b"),
         (("status", "--daemonset", "other"), 1, "is not NAMESPACE/NAME"),
     ],
 )

@@ -45,7 +45,11 @@ def page() -> str:
         for ctx in contexts
         if not isinstance(ctx.command, click.Group)
     )
-    return _HEAD + table(("command", "what"), listed) + "".join(map(_section, contexts[1:]))
+    # What the program is, the overview has.
+    general = _prose(main.help or "").partition("\n\n")[2]
+    return (
+        _HEAD + table(("command", "what"), listed) + f"\n{general}\n" + "".join(map(_section, contexts[1:]))
+    )
 
 
 def _section(ctx: click.Context) -> str:

@@ -100,6 +100,10 @@ def is_half_open(protocol: int, original: Nat, reply: Nat) -> bool:
     return protocol == Protocol.TCP and is_silent and reply.acked == original.end
 
 
+#: The states that :func:`state_of` returns.
+STATES = ("SYN_SENT", "SYN_RECV", "ESTABLISHED", "CLOSE_WAIT", "TIME_WAIT", "CLOSE", "UNREPLIED", "REPLIED")
+
+
 def state_of(protocol: int, seen: int, *, half_open: bool = False) -> str:
     """The state of a flow, by the name that netfilter has for it."""
     if protocol == Protocol.TCP:

@@ -59,19 +59,20 @@ def _on_bpffs(path: Path) -> bool:
 def ensure_bpffs(root: Path) -> bool:
     """Makes ``root`` a folder on a bpffs, mounting one there where none is. True if it was mounted.
 
-    Raises RootError, also for a folder with anything in it, which the mount would hide: /proc is one.
+    Raises RootError.
     """
     if _on_bpffs(root):
         root.mkdir(parents=True, exist_ok=True)
         return False
     try:
         root.mkdir(parents=True, exist_ok=True)
-        is_empty = next(root.iterdir(), None) is None
+        is_used = any(root.iterdir())
     except OSError as error:
         raise RootError(f"--bpf-root {root}: {error.strerror}") from error
-    if not is_empty:
+    if is_used:
+        # A bpffs over /proc or /etc takes the whole node with it.
         raise RootError(
-            f"--bpf-root {root}: no bpffs, and not empty: one that is mounted there would hide what is in it"
+            f"--bpf-root {root}: neither on a bpffs nor empty: one mounted there would hide the rest"
         )
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"bpf", os.fsencode(root), b"bpf", 0, b"mode=0700") != 0:

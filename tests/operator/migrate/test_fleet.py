@@ -384,7 +384,12 @@ def test_failing_pod_is_reported_at_once_with_its_reason(
 
 def test_pod_that_does_not_start_is_reported_with_its_last_event(fleet: Fleet) -> None:
     fleet.kubelet.instead["node-b", "plan"] = {"phase": "Pending"}
-    warning = {"type": "Warning", "reason": "FailedMount", "message": "hostPath type check failed"}
+    warning = {
+        "metadata": {},
+        "type": "Warning",
+        "reason": "FailedMount",
+        "message": "hostPath type check failed",
+    }
     output = fleet.bad("plan", "--node", "node-b", timeout="0.3s")
     assert "has not started after 0.3 s: its kubelet says nothing" in output
     fleet.plane.events = [warning]

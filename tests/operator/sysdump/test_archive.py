@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import random
+import stat
 import tarfile
 from base64 import b85encode
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
+import click
+import pytest
+
+from ebpfproxy.cli.sysdump_cluster import opened
 from ebpfproxy.operator.sysdump.archive import ERRORS, MOST, MOST_OF_FILE, TOP, Archive, last, members
 from ebpfproxy.operator.sysdump.secrets import Secrets
 
@@ -84,3 +92,38 @@ def test_names_of_a_received_archive_stay_below_its_node() -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/shadow"
         tar.addfile(link)
     assert list(members(out.getvalue())) == [("a.txt", "x"), ("etc/passwd", "x"), ("y/z.txt", "x")]
+
+
+def test_a_file_is_replaced_once_the_archive_is_whole(tmp_path: Path) -> None:
+    """Ctrl-C would leave a part of an archive, and a file that others have made is readable for them."""
+    file = tmp_path / "node.tgz"
+    file.write_bytes(b"earlier")
+    file.chmod(0o644)
+    with suppress(KeyboardInterrupt), opened(file) as out:
+        out.write(b"half")
+        raise KeyboardInterrupt
+    assert ([*tmp_path.iterdir()], file.read_bytes()) == ([file], b"earlier")
+    (link := tmp_path.parent / f"{tmp_path.name}-link").symlink_to(file)
+    with opened(link) as out:
+        out.write(b"whole")
+    assert link.is_symlink()
+    assert ([*tmp_path.iterdir()], file.read_bytes()) == ([file], b"whole")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [("nowhere/node.tgz", "No such file or directory"), (".", "Is a directory")]
+)
+def test_archive_that_cannot_be_written_is_one_line(tmp_path: Path, place: str, said: str) -> None:
+    with pytest.raises(click.ClickException) as error, opened(tmp_path / place):
+        pass
+    assert error.value.message == f"{tmp_path / place}: {said}"
+
+
+def test_an_archive_may_go_to_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with opened(pipe) as out:
+        out.write(b"whole")
+    assert os.read(reader, 100) == b"whole"
+    os.close(reader)

@@ -39,6 +39,7 @@ _LINE_END = re.compile(rb"\r?\n")
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 #: A token is what a method may be (RFC 9110, 5.6.2).
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_ABSOLUTE = re.compile(r"https?://[^/]*/?(.*)", re.IGNORECASE)
 _BACKLOG = 128
 _ACCEPT_PAUSE_SECONDS = 0.05
 
@@ -229,7 +230,7 @@ async def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:
     if len(words) != 3 or not _METHOD.fullmatch(words[0]) or not words[2].startswith(b"HTTP/1."):
         return _encoded(text_answer("", 400), closes=True), False
     closes = words[2] == b"HTTP/1.0" or any(map(_ends_connection, headers))
-    path = words[1].partition(b"?")[0].decode("latin-1")
+    path = _path(words[1].decode("latin-1"))
     try:
         found = respond(path)
         answer = await asyncio.wrap_future(found) if isinstance(found, Future) else found
@@ -237,6 +238,12 @@ async def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:
         log.error("cannot answer an HTTP request", path=path, error=repr(error))
         answer = text_answer("internal error", 500)
     return _encoded(answer, closes=closes, has_body=words[0] != b"HEAD"), not closes
+
+
+def _path(target: str) -> str:
+    """Returns the path of a request's target, which may be a whole URL (RFC 9112, 3.2.2)."""
+    before_query = target.partition("?")[0]
+    return f"/{url[1]}" if (url := _ABSOLUTE.match(before_query)) else before_query
 
 
 def _encoded(answer: Answer, *, closes: bool, has_body: bool = True) -> bytes:

@@ -44,7 +44,7 @@ _CACHED = msgspec.json.Decoder(_Cached)
 def pods(results: Path) -> Iterator[Pod]:
     """The pods in a folder of results, one with several networks more than once. Other files are skipped."""
     with suppress(OSError):
-        for path in sorted(results.iterdir()):
+        for path in sorted(each for each in results.iterdir() if each.is_file()):
             with suppress(OSError, msgspec.DecodeError):
                 yield from _pods(_CACHED.decode(path.read_bytes()))
 

@@ -166,6 +166,15 @@ def test_status_headers_and_body(server: HttpServer) -> None:
     assert ask(server, "/mode", "HEAD")[2] == b""
 
 
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [("http://node:10249/mode?a=/b", 200), ("HTTP://node/mode", 200), ("http://node", 404), ("*", 404)],
+)
+def test_target_may_be_a_url(server: HttpServer, target: str, status: int) -> None:
+    """RFC 9112, 3.2.2: every server accepts it, not only proxies."""
+    assert ask(server, target)[0] == status
+
+
 def test_silent_client_does_not_delay_others(server: HttpServer) -> None:
     assert server.port is not None
     with socket.create_connection(("127.0.0.1", server.port)):

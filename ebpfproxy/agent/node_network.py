@@ -119,6 +119,7 @@ class NodeNetwork:
             ),
             own.get(4, b""),
             own.get(16, b""),
+            routes_by_source=self._facts.routes_by_source,
         )
         self._packets.set_xdp_devices(
             XdpDevice(d.ifindex, d.name, d.link_address, d.kind == "veth", d.mtu, d.xdp_obstacle)

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.root
 CLUSTER, LOCAL = (30080, 30053, 30009), (30180, 30153, 30109)
 TARGETS = (("tcp", 8080), ("udp", 8053), ("udp", 8009))
 _TABLE, _MARK = 2, 0x80
-_MARKED_TABLE, _OTHER_MARK = 3, 0x3
+_OTHER_TABLE, _OTHER_MARK = 3, 0x3
+_VIP = "203.0.113.77"
 
 
 class RulesCluster(OutsideClientCluster):
@@ -30,6 +31,7 @@ class RulesCluster(OutsideClientCluster):
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
+        self.is_netfilter = False
         self.addresses = {"v4": self.a.address, "v6": self.a.address6}
         for name, ports, policy in (("cluster", CLUSTER, "Cluster"), ("local", LOCAL, "Local")):
             self._write_node_port(name, ports, policy)
@@ -113,6 +115,7 @@ def _ip(cluster: RulesCluster, *commands: str) -> None:
 def cluster(request: pytest.FixtureRequest) -> Iterator[RulesCluster]:
     with Lab() as lab:
         made = RulesCluster(lab)
+        made.is_netfilter = request.param == "netfilter"
         if request.param == "netfilter":
             made.translate_by_netfilter()
             made.add_rules()
@@ -149,30 +152,57 @@ def _sent_by(device: str) -> int:
     return int(Path("/proc/net/dev").read_text().partition(f"{device}:")[2].split()[9])
 
 
-def test_a_route_that_a_mark_has_chosen_stays(cluster: RulesCluster) -> None:
-    """Marks of connections whose first packet came in by eth0 lead to a third device."""
-    other, outside = cluster.lab.switch, cluster.outside
+@pytest.fixture
+def third_device(cluster: RulesCluster) -> Iterator[str]:
+    """A device by which the table _OTHER_TABLE leads to the client."""
+    other = cluster.lab.switch
     cluster.a.run(["ip", "link", "add", "eth2", "type", "veth", "peer", "name", "n1c", "netns", other.netns])
     other.run(["ip", "link", "set", "n1c", "master", "br0", "up"])
+    _ip(
+        cluster,
+        "link set eth2 up",
+        "address add 172.20.0.1/24 dev eth2",
+        f"route add {cluster.outside.address}/32 dev eth2 src {cluster.a.address} table {_OTHER_TABLE}",
+    )
+    yield "eth2"
+    _ip(cluster, "link del eth2")
+
+
+def test_a_route_that_a_mark_has_chosen_stays(cluster: RulesCluster, third_device: str) -> None:
+    """Marks of connections whose first packet came in by eth0 lead to a third device."""
     rules = [
         f"-i eth0 -m conntrack --ctstate NEW -j CONNMARK --set-mark {_OTHER_MARK}",
         f"-i p+ -m connmark --mark {_OTHER_MARK} -j MARK --set-mark {_OTHER_MARK}",
     ]
     mangle = ["iptables", "-t", "mangle"]
-    commands = [
-        "link set eth2 up",
-        "address add 172.20.0.1/24 dev eth2",
-        f"route add {outside.address}/32 dev eth2 src {cluster.a.address} table {_MARKED_TABLE}",
-        f"rule add pref 900 fwmark {_OTHER_MARK} lookup {_MARKED_TABLE}",
-    ]
+    _ip(cluster, f"rule add pref 900 fwmark {_OTHER_MARK} lookup {_OTHER_TABLE}")
     try:
-        _ip(cluster, *commands)
         for rule in rules:
             cluster.a.run([*mangle, "-A", "PREROUTING", *rule.split()])
-        before = cluster.a.call(_sent_by, "eth2")
-        assert outside.call(clients.ask_tcp, cluster.a.address, LOCAL[0])["name"] == "w1"
-        assert cluster.a.call(_sent_by, "eth2") - before >= 3
+        before = cluster.a.call(_sent_by, third_device)
+        assert cluster.outside.call(clients.ask_tcp, cluster.a.address, LOCAL[0])["name"] == "w1"
+        assert cluster.a.call(_sent_by, third_device) - before >= 3
     finally:
         for rule in rules:
             cluster.a.run([*mangle, "-D", "PREROUTING", *rule.split()])
-        _ip(cluster, "link del eth2", "rule del pref 900")
+        _ip(cluster, "rule del pref 900")
+
+
+def test_the_address_of_a_load_balancer_may_have_a_route_of_its_own(
+    cluster: RulesCluster, third_device: str
+) -> None:
+    """With netfilter's NAT such a rule is for the node's own sockets alone: replies of pods do not follow it."""
+    if cluster.is_netfilter:
+        pytest.skip("rules for a frontend do not match there")
+    cluster.add_load_balancer(
+        "vip", "10.96.3.9", _VIP, [cluster.endpoint_on_a()], externalTrafficPolicy="Local"
+    )
+    _ip(cluster, f"rule add pref 900 from {_VIP} lookup {_OTHER_TABLE}")
+    try:
+        until(lambda: "vip" in cluster.a.cli("service", "list"), "the Service is not programmed")
+        before = cluster.a.call(_sent_by, third_device)
+        assert cluster.outside.call(clients.is_echoed, _VIP, 80, 100_000)
+        assert cluster.a.call(_sent_by, third_device) - before >= 3
+    finally:
+        _ip(cluster, "rule del pref 900")
+        cluster.remove("vip")

@@ -87,6 +87,11 @@ static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struc
 		forget_origin(ctx);
 		return PROCEED;
 	}
+	if (to->proto == IPPROTO_UDP && is_sent_by_device(ctx, to, svc, *backend)) {
+		forget_origin(ctx);
+		*backend = NULL;
+		return PROCEED;
+	}
 	if (!origin_remember(ctx, who.socket, to, svc->id, backend_id, *backend)) {
 		/* A resolver compares the source of a reply with the address that it has asked. */
 		if (to->proto == IPPROTO_UDP && leave_to_packets(ctx, to, svc, *backend)) {

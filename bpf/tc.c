@@ -86,6 +86,13 @@ static __always_inline bool opens_anew(struct __sk_buff *skb, const struct packe
 	return found != FLOW_REJECT;
 }
 
+/* Says if a translated packet may have to leave by another device than the kernel has chosen. */
+static __always_inline bool needs_route(const struct nat *nat, u32 stage)
+{
+	return !AT_LOOPBACK && stage == STAGE_EGRESS &&
+	       (nat->flags & (NAT_ROUTED | NAT_REPLY | NAT_HOST)) == (NAT_ROUTED | NAT_REPLY);
+}
+
 static __always_inline int translate_error(struct __sk_buff *skb, const struct packet *p)
 {
 	const struct nat *nat = &scratch_of(p)->entry;
@@ -106,6 +113,8 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 	if ((DSR_SENDS && is_dsr_original(nat)) ||
 	    (nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST)
 		return send_out(skb, &nat->src, &nat->dst);
+	if (needs_route(nat, p->flow.stage))
+		return TRANSLATED;
 	return nat->flags & NAT_HOST ? deliver_error(skb, nat) : PASS;
 }
 
@@ -169,7 +178,7 @@ static __always_inline int translate(struct __sk_buff *skb, const struct packet 
 		return send_out(skb, &nat->src, &nat->dst);
 	if ((nat->flags & (NAT_HOST | NAT_REPLY)) == (NAT_HOST | NAT_REPLY))
 		return deliver(skb, nat);
-	return PASS;
+	return needs_route(nat, stage) ? TRANSLATED : PASS;
 }
 
 /*
@@ -187,6 +196,9 @@ static __always_inline int carry_out(struct __sk_buff *skb, const struct packet 
 		verdict = translate(skb, p, stage);
 		if (MEASURE_TRAFFIC || (MEASURE_CONNECTIONS && scratch_of(p)->is_first_reply))
 			verdict = measure_translated(skb, p, verdict);
+	}
+	if (verdict == TRANSLATED) {
+		verdict = reroute(skb, p, &scratch_of(p)->entry);
 	} else if (verdict >= REJECTION && verdict < DROPPING) {
 		if (!mtu)
 			decision_failed(p, DECISION_REFUSED, verdict - REJECTION);

@@ -59,6 +59,20 @@ static __always_inline bool passes_our_device(struct bpf_sock_addr *ctx, const s
 	       (svc->kind != KIND_NODE_PORT && !addr_is_this_node(&backend->addr));
 }
 
+/*
+ * Says if a socket of the host is left to the packet programs since it names the device by which it
+ * sends (IP_UNICAST_IF, as systemd-resolved's do): that device leads to the Service, but to the
+ * backend another one may. The kernel looks up the backend's route without it where netfilter has
+ * translated a packet, and so do programs. IPv6 looks it up without it in any case.
+ */
+static __always_inline bool is_sent_by_device(struct bpf_sock_addr *ctx, const struct target *to,
+					      const struct service *svc,
+					      const struct backend *backend)
+{
+	return addr_is_v4(&to->addr) && has_unicast_device(ctx) && in_host_namespace(ctx) &&
+	       passes_our_device(ctx, svc, backend);
+}
+
 /* Makes the packet programs give the flow from this socket's port to the frontend another port. */
 static __always_inline void note_clash(struct bpf_sock_addr *ctx, const struct target *to)
 {
@@ -136,6 +150,10 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 				return PROCEED;
 			}
 		}
+	}
+	if (is_sent_by_device(ctx, to, svc, *backend)) {
+		*backend = NULL;
+		return PROCEED;
 	}
 	peer.frontend = to->addr;
 	peer.backend = (*backend)->addr;

@@ -32,7 +32,8 @@ enum place {
 
 /*
  * Finds where the client is, a pod or VM as detectLocalMode defines it, and the MTU of the device
- * by which its packet came in: it must leave unfragmented. Both are left in @s.
+ * by which its packet came in: it must leave unfragmented. Both are left in @s, and if this node
+ * routes by sources.
  */
 static __always_inline void find_place(struct __sk_buff *skb, struct scratch *s,
 				       const struct packet *p)
@@ -42,6 +43,7 @@ static __always_inline void find_place(struct __sk_buff *skb, struct scratch *s,
 	const u32 flags = device ? device->flags : 0;
 
 	s->mtu = device ? device->mtu : 0;
+	s->has_rules = !!(flags & DEVICE_RULES);
 	s->place = PLACE_OUTSIDE;
 	if (PODS_BY_CIDR && is_in_pod_cidr(&p->flow.src))
 		s->place = flags & DEVICE_LOCAL ? PLACE_THIS_NODE : PLACE_OTHER_NODE;

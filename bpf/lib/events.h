@@ -41,6 +41,8 @@ enum event {
 #define NOT_INSERTED 0xfe
 /* The packet is of a flow with DSR from another node: finish() handles that (lib/dsr.h). */
 #define DSR_RECEIVED 0xfd
+/* The packet is translated, and may need another route: finish() finds out (lib/route.h). */
+#define TRANSLATED 0xfc
 
 static __always_inline void count(enum event event)
 {

@@ -67,14 +67,16 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p, 
 
 /*
  * Says if packets of a flow are translated, and no more: it is not of this host itself, nor
- * forwarded from the hook; a reply has been seen; and nothing has left its Service.
+ * forwarded from the hook, nor by another route; a reply has been seen; and nothing has left its
+ * Service.
  */
 static __always_inline bool is_established(struct scratch *s, const struct flow *flow,
 					   const struct nat *nat)
 {
 	if (nat->flags & (NAT_HOST | NAT_BYPASS | NAT_OWN) ||
 	    (s64)(coarse_now(s) - nat->last) > (s64)NSEC_PER_SEC ||
-	    (nat->flags & NAT_REPLY && !(nat->seen & SEEN_REPLY)) || !has_its_backend(nat))
+	    (nat->flags & NAT_REPLY && (!(nat->seen & SEEN_REPLY) || nat->flags & NAT_ROUTED)) ||
+	    !has_its_backend(nat))
 		return false;
 	return !(nat->flags & NAT_SOURCE) || !is_of_direct_flow(nat, flow);
 }

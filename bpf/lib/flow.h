@@ -233,6 +233,9 @@ static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s
 			s->begun.is_fresh = true;
 		}
 	}
+	if (s->has_rules && !(s->nat.flags & NAT_BYPASS) &&
+	    is_routed_by_source(skb, &p->flow.src, &p->flow.dst, &backend->addr))
+		s->nat.flags |= NAT_ROUTED;
 	/* The verifier walks on from here once, and not once for each way. */
 	asm volatile("" ::: "memory");
 }

@@ -26,10 +26,12 @@ struct flow {
 #define NAT_HOST   (1 << 2) /* this host is the client: sent to the backend's own route */
 #define NAT_BYPASS (1 << 3) /* forwarded from the hook itself, past netfilter: XDP or tc */
 #define NAT_OWN	   (1 << 4) /* of no Service: nothing is translated */
-#define NAT_BOUND  (1 << 5) /* the client, of this host, is bound to the loopback device */
+#define NAT_BOUND  (1 << 5) /* with NAT_HOST: the client is bound to the loopback device */
 #define NAT_DSR	   (1 << 6) /* replies do not pass this node, see lib/dsr.h; NAT_BYPASS, too */
 /* The option of DSR had the frontend: the original direction comes in translated. */
 #define NAT_DSR_BACKEND (1 << 7)
+/* Without NAT_HOST it says that replies may need the frontend's route: see reroute(). */
+#define NAT_ROUTED NAT_BOUND
 
 /*
  * nat.seen; UDP and SCTP use only the first. Both entries of a pair have the bits that end a

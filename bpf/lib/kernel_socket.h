@@ -89,4 +89,15 @@ static __always_inline u64 mptcp_socket_of(struct bpf_sock_addr *ctx)
 	return (u64)skc_to_mptcp_sock(socket_of(ctx));
 }
 
+/*
+ * Says if a socket has IP_UNICAST_IF (ip(7)): the device by which it sends what it is not bound to.
+ * Where fields cannot be read nothing tells.
+ */
+static __always_inline bool has_unicast_device(struct bpf_sock_addr *ctx)
+{
+	return HAVE_SOCKET_FIELDS &&
+	       *(const volatile u32 *)(rdonly_cast(socket_of(ctx), CONSTANT(INET_SOCK)) +
+				       CONSTANT(INET_UC_INDEX));
+}
+
 #endif

@@ -21,6 +21,7 @@
 #define DEVICE_EGRESS_ABOVE  (1 << 6) /* our program above has seen some of what leaves */
 
 #define DEVICE_TUNNEL (1 << 8) /* to other nodes' pods */
+#define DEVICE_RULES  (1 << 9) /* of each device: this node routes by sources */
 
 struct device {
 	struct inet_addr addr4;

@@ -96,6 +96,20 @@ static __always_inline bool is_thrown(struct __sk_buff *skb, const struct inet_a
 	return leads_out(fib_result_of(skb, LOOPBACK_IFINDEX, from, to, 0, fib));
 }
 
+/* Sends a packet out by the route in @fib. */
+static __always_inline int send_by(struct __sk_buff *skb, enum fib_result way,
+				   const struct bpf_fib_lookup *fib)
+{
+#if L3_OFFSET == ETH_HLEN
+	if (way == FIB_NEIGHBOUR && has_link_addresses(fib))
+		return send_to_neighbour(skb, fib);
+#endif
+	(void)way;
+	if (!add_link_header(skb))
+		return drop(EVENT_REWRITE);
+	return redirect_neigh(fib->ifindex, NULL, 0, 0);
+}
+
 /* Sends a rewritten packet out by its own route. */
 static __always_inline int send_out(struct __sk_buff *skb, const struct inet_addr *from,
 				    const struct inet_addr *to)
@@ -109,13 +123,64 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 		return send_to_self(skb);
 	if (!leads_out(way) || !fib.ifindex)
 		return drop(EVENT_UNROUTABLE);
-#if L3_OFFSET == ETH_HLEN
-	if (way == FIB_NEIGHBOUR && has_link_addresses(&fib))
-		return send_to_neighbour(skb, &fib);
-#endif
-	if (!add_link_header(skb))
-		return drop(EVENT_REWRITE);
-	return redirect_neigh(fib.ifindex, NULL, 0, 0);
+	return send_by(skb, way, &fib);
+}
+
+/*
+ * Returns the device by which packets from @from to @to leave that have come in by @ifindex, 0
+ * where that is not known.
+ */
+static __always_inline u32 device_towards(struct __sk_buff *skb, u32 ifindex,
+					  const struct inet_addr *from, const struct inet_addr *to,
+					  enum fib_result *way, struct bpf_fib_lookup *fib)
+{
+	*way = fib_result_of(skb, ifindex, from, to, 0, fib);
+	return leads_out(*way) ? fib->ifindex : 0;
+}
+
+/*
+ * Says if replies to @client leave by one device as packets of @backend, and by another as packets
+ * of @frontend: routing rules (ip rule) may tell sources apart.
+ */
+static __always_inline bool is_routed_by_source(struct __sk_buff *skb,
+						const struct inet_addr *client,
+						const struct inet_addr *frontend,
+						const struct inet_addr *backend)
+{
+	struct bpf_fib_lookup fib;
+	enum fib_result way;
+	u32 in, out, better;
+
+	in = device_towards(skb, ifindex_of(skb), client, backend, &way, &fib);
+	if (way == FIB_LOCAL)
+		in = LOOPBACK_IFINDEX;
+	if (!in)
+		return false;
+	out = device_towards(skb, in, backend, client, &way, &fib);
+	better = device_towards(skb, in, frontend, client, &way, &fib);
+	return out && better && out != better;
+}
+
+/*
+ * Sends a reply by the device that its new source leads to. The kernel has routed it by the old
+ * one: the network beyond that device may not take the frontend's address, or know no way back.
+ * With netfilter's NAT it is the same, and administrators mark connections by their first packet's
+ * destination (CONNMARK) to get another route; but here a frontend is a backend by then. Where such
+ * a mark, which programs do not see, has chosen this device, the packet leaves as it is.
+ */
+static __always_inline int reroute(struct __sk_buff *skb, const struct packet *p,
+				   const struct nat *nat)
+{
+	const u32 here = ifindex_of(skb), in = skb->ingress_ifindex;
+	struct bpf_fib_lookup fib;
+	enum fib_result way;
+	u32 better;
+
+	if (device_towards(skb, in ? in : LOOPBACK_IFINDEX, &p->flow.src, &p->flow.dst, &way,
+			   &fib) != here)
+		return PASS;
+	better = device_towards(skb, in ? in : LOOPBACK_IFINDEX, &nat->src, &nat->dst, &way, &fib);
+	return better && better != here ? send_by(skb, way, &fib) : PASS;
 }
 
 /*

@@ -32,7 +32,8 @@ struct scratch {
 	struct nat other; /* a copy of an entry that is not the packet's */
 	struct service service;
 	struct client client;
-	u16 place;    /* the client's: enum place in device.h */
+	u8 place;     /* the client's: enum place in device.h */
+	u8 has_rules; /* this node routes by sources, too */
 	u16 mtu;      /* of the device by which the packet came in */
 	u32 is_known; /* see insert_source() */
 	struct {

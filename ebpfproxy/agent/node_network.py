@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.programs import ProgramManager
+from ebpfproxy.agent.serving import Serving
 from ebpfproxy.datapath.node.packets import PacketDevice
 from ebpfproxy.datapath.programs.devices import Target
 from ebpfproxy.datapath.programs.xdp import XdpDevice
@@ -23,13 +24,19 @@ class NodeNetwork:
     """Keeps maps and programs up to date with devices, addresses and ranges. One thread uses it."""
 
     def __init__(
-        self, options: AgentOptions, writer: Writer, programs: ProgramManager, node_facts: NodeFacts
+        self,
+        options: AgentOptions,
+        writer: Writer,
+        programs: ProgramManager,
+        node_facts: NodeFacts,
+        serving: Serving,
     ) -> None:
         """``node_facts``: what is known of the Node object before it is read."""
         self._options = options
         self._writer = writer
         self._programs = programs
         self._packets = programs.packets
+        self._serving = serving
         self._facts = Facts()
         self.node_facts = node_facts
         self._devices: dict[int, Device] = {}
@@ -94,6 +101,9 @@ class NodeNetwork:
         self._log_roles(network.devices)
         self._writer.set_own_addresses(network.addresses, network.answered)
         self._writer.set_node_addresses(node_ports)
+        self._serving.node_port_health.set_addresses(
+            node_ports if self._options.node_port_addresses else None
+        )
         self._writer.set_primary_addresses(network.primary)
         self._set_devices(network)
         self._programs.devices_changed()
@@ -119,6 +129,7 @@ class NodeNetwork:
             ),
             own.get(4, b""),
             own.get(16, b""),
+            routes_by_source=self._facts.routes_by_source,
         )
         self._packets.set_xdp_devices(
             XdpDevice(d.ifindex, d.name, d.link_address, d.kind == "veth", d.mtu, d.xdp_obstacle)

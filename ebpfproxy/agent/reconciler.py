@@ -163,7 +163,6 @@ class Agent:
 
     def _create_parts(self, features: probe.Features, telemetry: Telemetry) -> None:
         options, source = self._options, self._source
-        self._open(features)
         self._serving = Serving(
             options,
             self._metrics,
@@ -172,6 +171,7 @@ class Agent:
             predecessor=self._predecessor,
             record=source.record,
         )
+        self._open(features)
         self._drift = self._drift_check()
         self._local = LocalServer(
             local_pages.pages(self._messages, self._tracker, self._drift, self._configz, self._metrics.render)
@@ -253,7 +253,7 @@ class Agent:
         # What is known of the node stays while the API server is away.
         last = state.load_latest(pins)
         known = last.node_facts if last is not None and last.node == options.node_name else NodeFacts()
-        self._network = NodeNetwork(options, self._writer, self._programs, known)
+        self._network = NodeNetwork(options, self._writer, self._programs, known, self._serving)
         copy_drain_requests(pins, self._maps)
         self._drain = DrainRequests(Drained(self._maps), self._tracker)
         self._tracing = TracingFollower(options, self._maps, self._programs, self._tracker, background)

@@ -6,6 +6,7 @@ A cluster can have hundreds of such ports, each asked every few seconds. Answers
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -57,6 +58,7 @@ class NodePortHealth:
         self._listeners: dict[int, socket.socket] = {}
         self._failed: dict[int, str] = {}
         self._duplicates: frozenset[ServiceHealth] = frozenset()
+        self._addresses: frozenset[bytes] | None = None
         self._thread = HttpThread("node-port-health")
 
     @property
@@ -77,6 +79,23 @@ class NodePortHealth:
     def stop(self) -> None:
         """Every port is closed when this returns."""
         self._thread.stop(END_SECONDS)
+
+    def set_addresses(self, addresses: frozenset[bytes] | None) -> None:
+        """The addresses at which checks are answered, beside the loopback's: kube-proxy's nodePortAddresses.
+
+        None is all of them. Any thread may call this.
+        """
+        self._addresses = addresses
+
+    def _admits(self, client: socket.socket) -> bool:
+        """One socket is for all addresses, which come and go: what came to another one is closed."""
+        addresses = self._addresses
+        if addresses is None:
+            return True
+        at = ipaddress.ip_address(client.getsockname()[0])
+        if isinstance(at, ipaddress.IPv6Address) and at.ipv4_mapped is not None:
+            at = at.ipv4_mapped
+        return at.is_loopback or at.packed in addresses
 
     def update(self, wanted: Iterable[ServiceHealth]) -> None:
         """All Services that have such a port; of two with the same port the first by name has it."""
@@ -126,7 +145,7 @@ class NodePortHealth:
         if self._failed.pop(port, None) is not None:
             log.info("health check port is bound now", port=port, service=str(self._wanted[port]))
         self._listeners[port] = listener
-        self._thread.add(listener, partial(self._respond, port))
+        self._thread.add(listener, partial(self._respond, port), self._admits)
 
     # -- the thread
 

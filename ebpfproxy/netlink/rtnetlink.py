@@ -12,16 +12,20 @@ from ebpfproxy.netlink import codec
 # linux/rtnetlink.h: types of messages.
 GETLINK, SETLINK, GETADDR = 18, 19, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
+GETRULE = 34
 NEWQDISC, DELQDISC = 36, 37
 NEWTFILTER, DELTFILTER, GETTFILTER = 44, 45, 46
-#: Groups of events: RTMGRP_IPV4_ROUTE and RTMGRP_IPV6_ROUTE; with RTMGRP_LINK, _IPV4_IFADDR and _IPV6_IFADDR.
+#: Groups of events: RTMGRP_IPV4_ROUTE and RTMGRP_IPV6_ROUTE; with RTMGRP_LINK, _IPV4_IFADDR and _IPV6_IFADDR,
+#: and with those of rules, RTMGRP_IPV4_RULE and RTNLGRP_IPV6_RULE.
 ROUTE_GROUPS = 0x40 | 0x400
-ALL_GROUPS = 0x1 | 0x10 | 0x100 | ROUTE_GROUPS
+ALL_GROUPS = 0x1 | 0x10 | 0x100 | 0x80 | 1 << 18 | ROUTE_GROUPS
 #: They begin the messages of the tables, before attributes.
 IFINFOMSG = struct.Struct("=BxHiII")  # family, type, index, flags, change
 IFADDRMSG = struct.Struct("=BBBBI")  # family, length of the prefix, flags, scope, index
 #: Family, lengths of destination and source, TOS, table, protocol, scope, type, flags.
 RTMSG = struct.Struct("=BBBBBBBBI")
+#: Family, lengths of destination and source, TOS, table, action, flags.
+RULEMSG = struct.Struct("=BBBBBxxBI")
 
 _IFLA_EXT_MASK, _SKIP_STATS = 29, 1 << 3
 _NUMBER = struct.Struct("=I")

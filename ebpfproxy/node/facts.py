@@ -60,13 +60,15 @@ class Facts(msgspec.Struct, frozen=True):
     """One reading of the kernel's tables.
 
     ``gateways``: devices with a route through a gateway that is not this node; only those that
-    :func:`ebpfproxy.node.roles.asks_for_routes` returns are examined.
+    :func:`ebpfproxy.node.roles.asks_for_routes` returns are examined. ``routes_by_source``: a routing rule
+    tells sources apart.
     """
 
     links: tuple[Link, ...] = ()
     addresses: tuple[Address, ...] = ()
     defaults: tuple[DefaultRoute, ...] = ()
     gateways: frozenset[int] = frozenset()
+    routes_by_source: bool = False
 
 
 class NodeAddress(NamedTuple):

@@ -8,7 +8,17 @@ import struct
 from collections.abc import Iterator
 
 from ebpfproxy.netlink import codec
-from ebpfproxy.netlink.rtnetlink import GETADDR, GETROUTE, IFADDRMSG, IFINFOMSG, RTMSG, Rtnetlink, links
+from ebpfproxy.netlink.rtnetlink import (
+    GETADDR,
+    GETROUTE,
+    GETRULE,
+    IFADDRMSG,
+    IFINFOMSG,
+    RTMSG,
+    RULEMSG,
+    Rtnetlink,
+    links,
+)
 from ebpfproxy.node.facts import Address, DefaultRoute, Facts, Link
 from ebpfproxy.node.roles import asks_for_routes
 
@@ -25,6 +35,7 @@ _VIA_FAMILY_SIZE = 2
 _SCOPE_GLOBAL = 0  # RT_SCOPE_UNIVERSE
 _UNFIT = 0x01 | 0x08 | 0x20 | 0x40  # IFA_F_SECONDARY or TEMPORARY, DADFAILED, DEPRECATED, TENTATIVE
 _MAIN_TABLE = 254
+_TO_TABLE = 1  # FR_ACT_TO_TBL
 _MACVLANS = frozenset(("macvlan", "macvtap"))
 _PASSTHRU = 8
 #: No such table; no such family; no such device any more.
@@ -34,12 +45,12 @@ _Attributes = dict[int, memoryview]
 
 
 def read_facts(netlink: Rtnetlink) -> Facts:
-    """The current state, from dumps of links, addresses and routes. Raises OSError."""
+    """The current state, from dumps of links, addresses, routes and rules. Raises OSError."""
     devices, addresses = tuple(_links(netlink)), tuple(_addresses(netlink))
     found = Facts(devices, addresses, tuple(_default_routes()))
     own = {each.address for each in found.addresses}
     gateways = frozenset(index for index in asks_for_routes(found) if _has_gateway(index, own))
-    return Facts(found.links, found.addresses, found.defaults, gateways)
+    return Facts(found.links, found.addresses, found.defaults, gateways, _routes_by_source(netlink))
 
 
 def _links(netlink: Rtnetlink) -> Iterator[Link]:
@@ -110,6 +121,24 @@ def _has_gateway(ifindex: int, own: set[bytes]) -> bool:
                 if index == ifindex and (gateway := _gateway_of(hop)) and gateway not in own:
                     return True
     return False
+
+
+def _routes_by_source(netlink: Rtnetlink) -> bool:
+    """Whether a routing rule leads some sources to a table (``ip rule add from CIDR lookup TABLE``)."""
+    try:
+        rules = list(netlink.dump(GETRULE, RULEMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0, 0, 0)))
+    except OSError as error:
+        if error.errno not in _NO_ROUTES:
+            raise
+        # A kernel without CONFIG_IP_MULTIPLE_TABLES has no rules.
+        return False
+    return any(_is_by_source(rule) for rule in rules)
+
+
+@codec.reading
+def _is_by_source(rule: memoryview) -> bool:
+    _, _, length, _, _, action, _ = RULEMSG.unpack_from(rule)
+    return bool(length) and action == _TO_TABLE
 
 
 def _next_hops(route: _Attributes) -> Iterator[tuple[int, _Attributes]]:

@@ -41,3 +41,18 @@ def test_sidecar_sees_service_addresses_with_no_pod_sockets(cluster: OutsideClie
     assert cluster.a.call(clients.ask_tcp, IP, 80)["getpeername"] == (IP, 80)
     assert cluster.a.call(clients.connect_error, "127.0.0.1", NODE_PORT) == "connected"
     assert IP not in cluster.a.cli("conntrack", "list")
+
+
+def test_a_pod_whose_default_route_leads_elsewhere_reaches_services(cluster: OutsideClientCluster) -> None:
+    """It has a route to cluster IPs, and none to endpoints by its first network, as pods with several may."""
+    for command in (
+        "link add net1 type veth peer name beyond1",
+        "link set net1 up",
+        "link set beyond1 up",
+        "address add 192.0.2.2/24 dev net1",
+        "route add 10.96.0.0/12 via 10.244.1.1 dev eth0",
+        "route replace default via 192.0.2.1 dev net1",
+    ):
+        cluster.client.run(["ip", *command.split()])
+    assert cluster.client.call(clients.ask_tcp, IP, 80)["name"] in ("w1", "w2")
+    assert cluster.client.call(clients.ask_udp, IP, 53)["from"] == (IP, 53)

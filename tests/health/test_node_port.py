@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
+from tests.lab import Lab
 
 
 class Healthy:
@@ -337,3 +338,46 @@ def test_port_conflict_is_reported_once(port: int) -> None:
     assert [name for name, _ in failures] == ["shop/web", "shop/x"]
     assert "Address already in use" in failures[0][1]
     assert failures[1][1] == "it is shop/web's"
+
+
+_OTHER = "192.0.2.9"
+
+
+def _is_answered(port: int, host: str) -> bool:
+    try:
+        return b" 200 OK" in ask(port, host=host)
+    except ConnectionError:
+        return False
+
+
+def _answered(port: int, address: str, address6: str) -> dict[str, list[bool]]:
+    """Serves in this network namespace; says by address where checks are answered, for each set of addresses."""
+    both = [
+        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+        for text in (address, address6)
+    ]
+    healthy = Healthy()
+    healthy.servers.start()
+    healthy.servers.update([web(port, 1)])
+    found: dict[str, list[bool]] = {}
+    for addresses in (None, frozenset(both[:1]), frozenset(both)):
+        healthy.servers.set_addresses(addresses)
+        for host in ("127.0.0.1", "::1", address, address6, _OTHER):
+            found.setdefault(host, []).append(_is_answered(port, host))
+    healthy.servers.stop()
+    return found
+
+
+@pytest.mark.root
+def test_checks_are_answered_at_the_addresses_of_node_ports() -> None:
+    """The loopback is always among them, and the set changes while the port is open. None is all addresses."""
+    with Lab() as lab:
+        node = lab.node("node-a")
+        node.run(["ip", "address", "add", f"{_OTHER}/32", "dev", "lo"])
+        assert node.call(_answered, 9380, node.address, node.address6) == {
+            "127.0.0.1": [True, True, True],
+            "::1": [True, True, True],
+            node.address: [True, True, True],
+            node.address6: [True, False, True],
+            _OTHER: [True, False, False],
+        }

@@ -83,3 +83,27 @@ def test_links_and_addresses_equal_those_of_ip() -> None:
         socket.inet_aton("192.0.2.1"),
         socket.inet_pton(10, "2001:db8::2"),
     }
+
+
+def _routes_by_source() -> bool:
+    with Rtnetlink() as netlink:
+        return read_facts(netlink).routes_by_source
+
+
+def test_rules_for_sources_are_told_from_others() -> None:
+    """Those that the kernel has made itself, or that are for destinations, devices and marks, are no such rules."""
+    with Lab() as lab:
+        node = lab.node("node-a")
+        for rule in (
+            "to 192.0.2.0/24 lookup 7",
+            "iif eth0 lookup 7",
+            "fwmark 7 lookup 7",
+            "from 192.0.2.9 unreachable",
+        ):
+            node.run(["ip", "rule", "add", *rule.split()])
+            assert not node.call(_routes_by_source), rule
+        for family, source in (("-4", "192.0.2.1"), ("-6", "2001:db8::/64")):
+            node.run(["ip", family, "rule", "add", "from", source, "lookup", "7"])
+            assert node.call(_routes_by_source), source
+            node.run(["ip", family, "rule", "del", "from", source, "lookup", "7"])
+            assert not node.call(_routes_by_source), source

@@ -31,7 +31,7 @@ class NatFlags(enum.IntFlag):
     #: The flow is no Service's (replies to this node's own flow, a host with an address of the Service
     #: network): nothing is translated, and there is no other half.
     OWN = 1 << 4
-    #: The client, of the host itself, is bound to the loopback device.
+    #: With HOST the client is bound to the loopback device; without it replies may need the frontend's route.
     BOUND = 1 << 5
     #: Replies do not pass this node: DSR.
     DSR = 1 << 6

@@ -28,6 +28,8 @@ class DeviceFlags(enum.IntFlag):
     FLOWS_ARRIVE = 1 << 7
     #: To other nodes' pods.
     TUNNEL = 1 << 8
+    #: The whole node routes by sources, too; each device has this.
+    RULES = 1 << 9
 
 
 class XdpFlags(enum.IntFlag):

@@ -25,6 +25,8 @@ class SocketFields(msgspec.Struct, frozen=True):
     net_cookie: int
     tcp_sock: int
     tcp_is_mptcp: int
+    inet_sock: int
+    inet_uc_index: int
 
     def constants(self) -> dict[str, int]:
         """The constants of bpf/lib/options.h by name."""
@@ -43,6 +45,8 @@ def _found(types: KernelTypes) -> SocketFields:
         net_cookie=types.offset("net", "net_cookie", 8),
         tcp_sock=types.id_of("tcp_sock", STRUCT),
         tcp_is_mptcp=types.offset("tcp_sock", "is_mptcp", 1),
+        inet_sock=types.id_of("inet_sock", STRUCT),
+        inet_uc_index=types.offset("inet_sock", "uc_index", 4),
     )
 
 
@@ -72,6 +76,8 @@ def are_readable(fields: SocketFields) -> bool:
         _instruction(0x79, 0x77, fields.net_cookie, 0),
         *cast(fields.tcp_sock),
         _instruction(0x71, 0x07, fields.tcp_is_mptcp, 0),
+        *cast(fields.inet_sock),
+        _instruction(0x61, 0x07, fields.inet_uc_index, 0),
         *proceed,
     )
     programs = {uapi.PROG_CGROUP_SOCK: at_release, uapi.PROG_CGROUP_SOCK_ADDR: at_connect}

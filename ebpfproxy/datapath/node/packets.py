@@ -83,8 +83,18 @@ class PacketPath:
         """Indexes of the devices that programs are attached to."""
         return self._attacher.attached
 
-    def set_devices(self, devices: Iterable[PacketDevice], address4: bytes, address6: bytes) -> None:
-        """Sets all devices, and the node's own addresses, which are for packets by any other device."""
+    def set_devices(
+        self,
+        devices: Iterable[PacketDevice],
+        address4: bytes,
+        address6: bytes,
+        *,
+        routes_by_source: bool = False,
+    ) -> None:
+        """Sets all devices, and the node's own addresses, which are for packets by any other device.
+
+        ``routes_by_source``: routing rules tell sources apart.
+        """
         found = list(devices)
         self._node = address4, address6
         wanted = {U32.pack(_ANY_DEVICE): pack_device(*self._node, self._mode, 0)}
@@ -94,6 +104,7 @@ class PacketPath:
             flags |= DeviceFlags.INGRESS_BELOW * each.ingress_below
             flags |= DeviceFlags.EGRESS_BELOW * each.egress_below
             flags |= DeviceFlags.EGRESS_ABOVE * each.egress_above
+            flags |= DeviceFlags.RULES * routes_by_source
             wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags, each.mtu)
         refused = self._devices.bring(wanted)
         self._entries = {key: value for key, value in wanted.items() if key not in refused}

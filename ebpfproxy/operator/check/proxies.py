@@ -23,7 +23,7 @@ def conflicting(conflicts: Iterable[Conflict]) -> Iterator[Finding]:
             where="proxies",
             kind="foreign",
             what=each.what,
-            consequence="both translate, and which one does depends on the path of a connection",
+            consequence=each.consequence,
             mend=each.advice,
             warning=each.severity is Severity.WARNS,
         )

@@ -10,7 +10,7 @@ import msgspec
 from pyroute2 import IPRoute
 
 from ebpfproxy.config.datapath import BPFFS
-from ebpfproxy.operator.migrate.node import iptables, running_kube_proxy
+from ebpfproxy.operator.migrate.node import early_filters, iptables, running_kube_proxy
 
 
 class Severity(enum.StrEnum):
@@ -24,14 +24,19 @@ class Conflict(msgspec.Struct, frozen=True):
     severity: Severity
     what: str
     advice: str
+    consequence: str = "both translate, and which one does depends on the path of a connection"
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts about this node. ``pins`` are paths below the bpffs, ``saved`` each iptables-save's output."""
+    """Facts about this node. ``pins`` are paths below the bpffs, ``saved`` each iptables-save's output.
+
+    ``tables`` are what nft printed of tables that may filter before NAT.
+    """
 
     pins: frozenset[str] = frozenset()
     devices: frozenset[str] = frozenset()
     saved: dict[str, str] = {}
+    tables: dict[str, str] = {}
     #: These are names of processes in all network namespaces that /proc shows.
     processes: frozenset[str] = frozenset()
 
@@ -64,6 +69,7 @@ def look(bpffs: Path = BPFFS, proc: Path = Path("/proc")) -> Facts:
         pins=frozenset(pins),
         devices=frozenset(devices),
         saved={tool.name: tool.saved() for tool in iptables.installed()},
+        tables=early_filters.tables(),
         processes=frozenset(_processes(proc)),
     )
 
@@ -79,7 +85,7 @@ def _processes(proc: Path) -> Iterable[str]:
 
 def find(facts: Facts) -> list[Conflict]:
     """Decides from the facts."""
-    return [*_proxies(facts), *_istio(facts), *_forwarding(facts)]
+    return [*_proxies(facts), *_istio(facts), *_forwarding(facts), *_early_filters(facts)]
 
 
 def _proxies(facts: Facts) -> Iterable[Conflict]:
@@ -167,3 +173,24 @@ def _forwarding(facts: Facts) -> Iterable[Conflict]:
                     f"{tool}: the policy of FORWARD is DROP: what KUBE-FORWARD accepted, others must accept",
                     "check that a rule accepts packets from and to pods",
                 )
+
+
+def _early_filters(facts: Facts) -> Iterable[Conflict]:
+    """They stop to hold for Services when kube-proxy is gone, and nobody would notice."""
+    found = [
+        f"{tool}, table {table}"
+        for tool, saved in facts.saved.items()
+        for table in early_filters.of_iptables(saved)
+    ]
+    found += [
+        f"nftables, table {name}"
+        for name, listed in facts.tables.items()
+        if early_filters.of_nftables(listed)
+    ]
+    for where in found:
+        yield Conflict(
+            Severity.WARNS,
+            f"{where}: rules drop packets by their destination before NAT (as Calico's with preDNAT do)",
+            "restrict Services by loadBalancerSourceRanges, nodePortAddresses, or rules for pods in FORWARD",
+            "they see the backend's address and port instead of a NodePort, and let pass what they dropped",
+        )

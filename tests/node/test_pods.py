@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ebpfproxy.node.pod_names import Pod, pods
@@ -44,5 +45,6 @@ def test_what_is_no_result_of_a_pod_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "c").write_text(json.dumps({**CACHED, "cniArgs": None}))
     (tmp_path / "d").write_text(json.dumps({**CACHED, "result": None}))
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     assert list(pods(tmp_path)) == []
     assert list(pods(tmp_path / "nowhere")) == []

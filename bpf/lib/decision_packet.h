@@ -82,7 +82,7 @@ static __always_inline u32 service_of_event(const struct scratch *s, enum event 
 {
 	switch (event) {
 	case EVENT_NO_ENDPOINT:
-	case EVENT_NO_LOCAL:
+	case EVENT_NO_LOCAL_ENDPOINT:
 	case EVENT_SOURCE_RANGE:
 	case EVENT_NO_FLOW:
 		return s->service.id;

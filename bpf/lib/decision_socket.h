@@ -116,7 +116,7 @@ static __always_inline int refuse(struct bpf_sock_addr *ctx, const struct target
 	enum event reason;
 
 	if (svc)
-		reason = verdict == VERDICT_REFUSE ? EVENT_NO_ENDPOINT : EVENT_NO_LOCAL;
+		reason = verdict == VERDICT_REFUSE ? EVENT_NO_ENDPOINT : EVENT_NO_LOCAL_ENDPOINT;
 	else
 		reason = verdict == VERDICT_REFUSE ? EVENT_NO_SUCH_PORT : EVENT_NO_SUCH_SERVICE;
 	socket_decision(ctx, to, svc, DECISION_REFUSED, reason, NOBODY);

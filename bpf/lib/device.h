@@ -128,7 +128,7 @@ static __always_inline bool defer_to_kube_proxy(const struct packet *p)
  * Says if a segment may be of a connection that another size of maps knows, from which it is copied
  * just now. Such a segment is dropped, and not rejected: its sender repeats it.
  */
-static __always_inline bool may_arrive(const struct packet *p)
+static __always_inline bool may_be_migrating(const struct packet *p)
 {
 	const u32 any = 0;
 	struct device *node;
@@ -136,7 +136,7 @@ static __always_inline bool may_arrive(const struct packet *p)
 	if (p->flow.proto != IPPROTO_TCP || (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
 		return false;
 	node = map_at(devices, any);
-	return node && node->flags & FLOWS_ARRIVE;
+	return node && node->flags & MIGRATING_FLOWS;
 }
 
 #endif

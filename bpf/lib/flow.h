@@ -173,7 +173,7 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 
 	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
 		return drop(EVENT_SOURCE_RANGE);
-	if (may_arrive(p))
+	if (may_be_migrating(p))
 		return drop(EVENT_NO_FLOW);
 	if (!is_cluster_ip(&p->flow.dst)) {
 		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &p->flow.dst, 0, &fib);

@@ -143,7 +143,7 @@ static __always_inline struct backend *backend_for(const struct packet *p, struc
 		*verdict = rejection(EVENT_NO_ENDPOINT);
 		return NULL;
 	default:
-		*verdict = drop(EVENT_NO_LOCAL);
+		*verdict = drop(EVENT_NO_LOCAL_ENDPOINT);
 		return NULL;
 	}
 }

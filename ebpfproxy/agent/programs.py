@@ -251,17 +251,17 @@ class ProgramManager:
         self._open_reports()
         self.for_records = for_records
         migration.copy()
-        mode = DeviceFlags.HANDOVER if self._handover.is_under_way() else DeviceFlags(0)
+        mode = DeviceFlags.HANDOVER_MODE if self._handover.is_under_way() else DeviceFlags(0)
         # A new flow needs programs at all devices: until they are there it is kube-proxy's.
         is_first = not device_attachments(self._pins)
-        arrive = DeviceFlags.FLOWS_ARRIVE if migration.has_others else DeviceFlags(0)
-        self.packets.set_mode(mode | (DeviceFlags.WAITS if mode and is_first else arrive))
+        migrating = DeviceFlags.MIGRATING_FLOWS if migration.has_others else DeviceFlags(0)
+        self.packets.set_mode(mode | (DeviceFlags.NO_NEW_FLOWS if mode and is_first else migrating))
         migration.catch_up()
         changed += self._attach_devices()
         if mode:
             taken = self._handover.reserve_ports(self._maps, self._options.masquerade_ports)
             log.info("leaving existing connections to netfilter", ports_taken=taken)
-        self.packets.set_mode(mode | arrive)
+        self.packets.set_mode(mode | migrating)
         migration.copy()
         self.packets.set_mode(mode)
         attach.drop_former(self._pins, self._programs)

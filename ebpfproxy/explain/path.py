@@ -244,7 +244,7 @@ def _at_ingress(client: Client, target: Target, tables: Tables, programs: Progra
     if client.ifindex is None or client.ifindex not in programs.devices:
         why = "no program is attached to the device by which its packets come in"
         return Path(Hook.NONE, Outcome.UNSERVED, why)
-    if tables.device_flags(0) & DeviceFlags.WAITS:
+    if tables.device_flags(0) & DeviceFlags.NO_NEW_FLOWS:
         return Path(
             Hook.INGRESS, Outcome.UNTOUCHED, "new flows are kube-proxy's until programs are everywhere"
         )
@@ -327,7 +327,7 @@ def _of_host(client: Client, target: Target, tables: Tables, programs: Programs)
         return Path(Hook.NONE, Outcome.UNSERVED, "this host has no route to the address")
     if device not in programs.devices:
         return Path(Hook.NONE, Outcome.UNSERVED, "no program is attached to the device that leads there")
-    if tables.device_flags(0) & DeviceFlags.WAITS:
+    if tables.device_flags(0) & DeviceFlags.NO_NEW_FLOWS:
         return Path(hook, Outcome.UNTOUCHED, "new flows are kube-proxy's until programs are everywhere")
     if not is_here:
         entry = tables.frontend(*target, Scope.INTERNAL)

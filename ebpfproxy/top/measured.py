@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from ebpfproxy.datapath.abi.measure_layout import NOBODY
+from ebpfproxy.datapath.abi.layout import NOBODY
 from ebpfproxy.datapath.services.measures import (
     NO_CONNECTS,
     NO_TRAFFIC,

@@ -10,7 +10,7 @@ import struct
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
-from ebpfproxy.datapath.abi.layout import pack_address, unpack_address
+from ebpfproxy.datapath.abi.layout import NOBODY, pack_address, unpack_address
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.services.model import Algorithm
 
@@ -21,8 +21,6 @@ TRACING = struct.Struct("=QQQIIII16s16sII")
 DECISION_STATE = struct.Struct("=QQQQQQQ16s")
 #: ``namespace/name`` of a pod, which may be cut.
 POD_NAME = struct.Struct("=128s")
-#: ``NOBODY`` in C: no Service, no backend.
-_NOBODY = 0xFFFFFFFF
 #: These are offsets in ``struct tracing``: what a command wants follows its lease; the agent writes the last.
 WANTED_AT, PROGRAMS_AT = 8, 76
 
@@ -119,8 +117,8 @@ def unpack_decision(packed: bytes) -> Decision:
         protocol,
         unpack_address(frontend),
         int.from_bytes(port, "big"),
-        None if service == _NOBODY else service,
-        None if backend == _NOBODY else backend,
+        None if service == NOBODY else service,
+        None if backend == NOBODY else backend,
         candidates,
         _task(client) if found is Place.SOCKET or kind in _OF_SOCKETS else _sender(client),
     )

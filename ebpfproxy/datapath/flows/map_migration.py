@@ -5,8 +5,9 @@ records of sockets and session affinity are copied, with their ids translated by
 programs are swapped, and again while they are, for what begins meanwhile. Copying a large table takes a
 second, in which connections begin: so what is copied is not looked at again unless it has changed, and
 copies follow one another until one has next to nothing to do. Within the milliseconds that this last one and
-the swap take, segments of connections that are not copied yet are dropped, and sent again (FLOWS_ARRIVE); a
-datagram's flow may be lost if it begins then, and passes programs of both.
+the swap take, segments of connections that are not copied yet are dropped, and sent again
+(``DeviceFlags.MIGRATING_FLOWS``); a datagram's flow may be lost if it begins then, and passes programs of
+both.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from ebpfproxy.datapath.abi import flow_layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import NAT_STATE, NO_USE, BackendUse, Entry, Seen
-from ebpfproxy.datapath.abi.layout import U32, U64
+from ebpfproxy.datapath.abi.layout import NOBODY, U32, U64
 from ebpfproxy.datapath.abi.schema import FLOW_MARKS, SCHEMA_VERSION
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
 from ebpfproxy.datapath.flows.record_programs import RecordPrograms
@@ -53,8 +54,6 @@ _READ = frozenset(
 _FEW = 64
 #: Connections begin at any rate, and a swap cannot wait for a pause for ever.
 _MOST_COPIES = 20
-#: This id is never given out.
-_NOTHING = 0xFFFFFFFF
 
 
 class MapMigration:
@@ -154,11 +153,11 @@ class MapMigration:
 
         def translate(origin: bytes) -> bytes:
             use = socket_layout.origin_use(origin)
-            service, backend = services.get(use.service_id, _NOTHING), backends.get(use.backend_id, _NOTHING)
+            service, backend = services.get(use.service_id, NOBODY), backends.get(use.backend_id, NOBODY)
             if socket_layout.is_connected(origin):
-                began = 0 if service == _NOTHING else socket_layout.origin_began(origin)
+                began = 0 if service == NOBODY else socket_layout.origin_began(origin)
                 return socket_layout.with_origin_ids(origin, BackendUse(service, backend), began)
-            if use in removed or _NOTHING in (service, backend):
+            if use in removed or NOBODY in (service, backend):
                 return socket_layout.with_origin_ids(origin, NO_USE, 0)
             return socket_layout.with_origin_ids(origin, BackendUse(service, backend), epochs[service])
 

@@ -89,7 +89,7 @@ class Lookup:
         return self._maps["source_ranges"].lookup(key) is not None
 
     def cidr_flags(self, address: bytes) -> CidrFlags:
-        """``service_cidr_flags``, and what ``from_pod`` reads where addresses decide."""
+        """``service_cidr_flags``, and what ``is_in_pod_cidr`` reads where addresses decide."""
         found = self._maps["cidrs"].lookup(pack_cidr(Prefix(address, 8 * len(address))))
         return CidrFlags(U32.unpack(found)[0]) if found is not None else CidrFlags(0)
 

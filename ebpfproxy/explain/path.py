@@ -303,7 +303,7 @@ def _masquerade(entry: ServiceEntry, options: Options, *, is_inside: bool, is_at
 
 def forwards_at(client: Client, out: int, target: Target, tables: Tables, programs: Programs) -> Hook | None:
     """Where packets of a masqueraded flow to the device ``out`` are forwarded without netfilter, as
-    ``is_forwarded`` of flow.h has it; None where they are not.
+    ``find_source`` of flow.h decides; None where they are not.
     """
     if client.ifindex is None:
         return None

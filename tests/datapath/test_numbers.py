@@ -19,7 +19,7 @@ HEADERS = sorted((BPF / "lib").glob("*_types.h"))
 #: Constants that structs' headers do not have.
 OTHERS = ("events.h", "filter.h", "flow_cache.h", "next_hop.h", "rewrite.h", "service_cidr.h", "../sweep.c")
 
-#: What names in C begin with.
+#: Names of members in C begin with these prefixes.
 PREFIXES: Mapping[str, type[enum.IntEnum | enum.IntFlag]] = {
     "ALGORITHM_": Algorithm,
     "BACKEND_": BackendState,

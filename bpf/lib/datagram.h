@@ -160,7 +160,7 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 static __always_inline int handle_sendmsg(struct bpf_sock_addr *ctx, const struct target *to,
 					  struct target *goes)
 {
-	struct service *svc = find_service(ctx, to);
+	struct service *svc = find_socket_service(ctx, to);
 	struct backend *backend;
 	int proceed = PROCEED;
 	u32 left = NOBODY;

@@ -24,29 +24,29 @@ static __always_inline bool is_at_local_device(struct __sk_buff *skb)
 	return device && device->flags & DEVICE_LOCAL;
 }
 
-enum place {
-	PLACE_OUTSIDE,
-	PLACE_OTHER_NODE, /* a pod, by its address alone */
-	PLACE_THIS_NODE,  /* a pod of this node */
+enum client_location {
+	OUTSIDE_CLUSTER,
+	POD_OF_OTHER_NODE, /* by its address alone */
+	POD_OF_THIS_NODE,
 };
 
 /*
  * Finds where the client is, a pod or VM as detectLocalMode defines it, and the MTU of the device
  * by which its packet came in: it must leave unfragmented. Both are left in @s.
  */
-static __always_inline void find_place(struct __sk_buff *skb, struct scratch *s,
-				       const struct packet *p)
+static __always_inline void locate_client(struct __sk_buff *skb, struct scratch *s,
+					  const struct packet *p)
 {
 	u32 ifindex = ifindex_of(skb);
 	const struct device *device = map_at(devices, ifindex);
 	const u32 flags = device ? device->flags : 0;
 
 	s->mtu = device ? device->mtu : 0;
-	s->place = PLACE_OUTSIDE;
+	s->client_location = OUTSIDE_CLUSTER;
 	if (PODS_BY_CIDR && is_in_pod_cidr(&p->flow.src))
-		s->place = flags & DEVICE_LOCAL ? PLACE_THIS_NODE : PLACE_OTHER_NODE;
+		s->client_location = flags & DEVICE_LOCAL ? POD_OF_THIS_NODE : POD_OF_OTHER_NODE;
 	else if (!PODS_BY_CIDR && flags & DEVICE_PODS)
-		s->place = PLACE_THIS_NODE;
+		s->client_location = POD_OF_THIS_NODE;
 	/* The compiler has to read it again, and the verifier knows nothing of it then. */
 	asm volatile("" ::: "memory");
 }

@@ -16,7 +16,7 @@ enum event {
 	EVENT_FRAGMENT,		 /* dropped: its first fragment was not seen */
 	EVENT_PORTS_TAKEN,	 /* dropped: no source port left for masquerading */
 	EVENT_TABLE_FULL,	 /* dropped: no room for the flow */
-	EVENT_UNROUTABLE,	 /* dropped: no way from this host to the backend */
+	EVENT_UNROUTABLE,	 /* dropped: no route from this host to the backend */
 	EVENT_HOPS,		 /* dropped: it has made too many */
 	EVENT_REWRITE,		 /* dropped: the kernel could not change the packet */
 	EVENT_MARTIAN,		 /* passed: a source that no client can have */
@@ -62,7 +62,7 @@ static __always_inline int rejection(enum event event)
 	return REJECTION + event;
 }
 
-/* It is rejected as too big for its way, which is no event: its sender sends it again. */
+/* It is rejected as too big for its path, which is no event: its sender sends it again. */
 #define TOO_BIG (REJECTION + 0x80)
 
 /* From DROPPING on it is to be dropped, for the event that is added: finish() counts that. */

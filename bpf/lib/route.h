@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Sending a packet on its way from a tc program. */
+/* Sending a packet on from a tc program, by its route. */
 #ifndef EBPFPROXY_ROUTE_H
 #define EBPFPROXY_ROUTE_H
 
@@ -83,15 +83,16 @@ static __always_inline int send_to_neighbour(struct __sk_buff *skb,
 #endif
 
 /*
- * Says if a lookup that found @way ended at a throw route of IPv6: the kernel itself goes on with
- * the next rule there, its helper does not (fib6_rule_action_alt() of the kernel). Sets @fib as
- * those rules do that do not name the device where the packet came in, which such tables are for.
+ * Says if a lookup with the result @route ended at a throw route of IPv6: the kernel itself goes on
+ * with the next rule there, its helper does not (fib6_rule_action_alt() of the kernel). Sets @fib
+ * as those rules do that do not name the device where the packet came in, which such tables are
+ * for.
  */
 static __always_inline bool is_thrown(struct __sk_buff *skb, const struct inet_addr *from,
-				      const struct inet_addr *to, enum fib_result way,
+				      const struct inet_addr *to, enum fib_result route,
 				      struct bpf_fib_lookup *fib)
 {
-	if (way != FIB_LOCAL || addr_is_v4(to) || addr_is_this_node(to))
+	if (route != FIB_LOCAL || addr_is_v4(to) || addr_is_this_node(to))
 		return false;
 	return leads_out(fib_result_of(skb, LOOPBACK_IFINDEX, from, to, 0, fib));
 }
@@ -101,16 +102,16 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 				    const struct inet_addr *to)
 {
 	struct bpf_fib_lookup fib;
-	enum fib_result way = fib_result_of(skb, ifindex_of(skb), from, to, 0, &fib);
+	enum fib_result route = fib_result_of(skb, ifindex_of(skb), from, to, 0, &fib);
 
-	if (is_thrown(skb, from, to, way, &fib))
-		way = FIB_OUT;
-	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
+	if (is_thrown(skb, from, to, route, &fib))
+		route = FIB_OUT;
+	if (NODEPORTS_ON_LOOPBACK && route == FIB_LOCAL)
 		return send_to_self(skb);
-	if (!leads_out(way) || !fib.ifindex)
+	if (!leads_out(route) || !fib.ifindex)
 		return drop(EVENT_UNROUTABLE);
 #if L3_OFFSET == ETH_HLEN
-	if (way == FIB_NEIGHBOUR && has_link_addresses(&fib))
+	if (route == FIB_NEIGHBOUR && has_link_addresses(&fib))
 		return send_to_neighbour(skb, &fib);
 #endif
 	if (!add_link_header(skb))
@@ -135,15 +136,15 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 	(void)skb;
 #else
 	struct bpf_fib_lookup fib;
-	enum fib_result way;
+	enum fib_result route;
 
 	/* It is an address of the device where the packet has come in. */
 	if (addr_is_link_local6(&nat->dst))
 		return PASS;
-	way = fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib);
-	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
+	route = fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib);
+	if (NODEPORTS_ON_LOOPBACK && route == FIB_LOCAL)
 		return send_to_self(skb);
-	if (way == FIB_NEIGHBOUR && fib.ifindex != ifindex_of(skb)) {
+	if (route == FIB_NEIGHBOUR && fib.ifindex != ifindex_of(skb)) {
 		const u16 protocol = skb->protocol;
 		u8 header[ETH_HLEN];
 

@@ -32,9 +32,9 @@ struct scratch {
 	struct nat other; /* a copy of an entry that is not the packet's */
 	struct service service;
 	struct client client;
-	u16 place;    /* the client's: enum place in device.h */
-	u16 mtu;      /* of the device by which the packet came in */
-	u32 is_known; /* see insert_source() */
+	u16 client_location; /* enum client_location in device.h */
+	u16 mtu;	     /* of the device by which the packet came in */
+	u32 is_known;	     /* see insert_source() */
 	struct {
 		u32 service_id;
 		u32 backend_id;

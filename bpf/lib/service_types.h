@@ -117,7 +117,7 @@ struct frontend_line {
  * slots have successive ids, as those of endpoints that came together do, they need not be read.
  */
 #define RANGE_OF_BACKENDS (1U << 31)
-/* So many slots at most are compared for that. */
+/* At most this many slots are compared for that. */
 #define SUCCESSIVE_SLOTS 16
 
 /* What cache_frontend() in records.c gets: as many as a packet has room for. */

@@ -99,7 +99,7 @@ static __always_inline bool is_to_peer(struct bpf_sock_addr *ctx, const struct t
 	return addr_equal(&peer, &to->addr);
 }
 
-static __always_inline int reject(enum verdict verdict)
+static __always_inline int reject_call(enum verdict verdict)
 {
 	if (HAVE_SET_RETVAL)
 		bpf_set_retval(verdict == VERDICT_REFUSE ? -ECONNREFUSED : -EHOSTUNREACH);

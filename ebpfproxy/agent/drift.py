@@ -35,7 +35,7 @@ _REST_SECONDS = 0.01
 _AGAIN_SECONDS = 0.5
 #: The pause after a comparison is so many times its CPU time, but no longer than this, whatever is set.
 _PAUSES, _MOST_SECONDS = 100, 8.0
-#: So many findings of a comparison are told in words; the others are counted.
+#: How many findings of a comparison are told in words; the others are counted.
 _TOLD = 40
 _EARLIER = 10
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ebpfproxy.agent.agent_options import AgentOptions
-from ebpfproxy.agent.background import BackgroundRunner, HandOver
+from ebpfproxy.agent.background import BackgroundRunner, ReconcilerCall
 from ebpfproxy.agent.forgotten_sockets import ForgottenSockets
 from ebpfproxy.agent.stale_sockets import Ended, end_stale_sockets, peers_of
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
@@ -77,7 +77,7 @@ class Housekeeping:
         grace: Grace,
         metrics: AgentMetrics,
         background: BackgroundRunner,
-        hand_over: HandOver,
+        call: ReconcilerCall,
     ) -> None:
         self._options = options
         self._maps = maps
@@ -85,7 +85,7 @@ class Housekeeping:
         self._grace = grace
         self._metrics = metrics
         self._background = background
-        self._hand_over = hand_over
+        self._call = call
         self.clients = ClientNamespaces(maps)
         self._sweeper: Sweeper | None = None
         set_timeouts(maps, options.timeouts)
@@ -168,7 +168,7 @@ class Housekeeping:
                 )
 
         # Not a worker's result: that could come after the round's, which says how many are redirected.
-        self._hand_over(redirect)
+        self._call(redirect)
 
     def _sockets_ended(self, result: Ended) -> None:
         self._endings.end()

@@ -27,7 +27,7 @@ from ebpfproxy.agent.drift import DriftCheck
 from ebpfproxy.agent.handover import Handover
 from ebpfproxy.agent.housekeeping import Housekeeping
 from ebpfproxy.agent.local_socket import LocalServer
-from ebpfproxy.agent.messages import Failed, Finished, Message, Messages, NetworkChanged, Stop
+from ebpfproxy.agent.messages import Call, Failed, Message, Messages, NetworkChanged, Stop
 from ebpfproxy.agent.mounts import MountFollower
 from ebpfproxy.agent.node_network import NodeNetwork
 from ebpfproxy.agent.programming import Programming
@@ -245,7 +245,7 @@ class Agent:
             grace=grace,
             metrics=self._metrics,
             background=background,
-            hand_over=self._messages.hand_over,
+            call=self._messages.call,
         )
         self._programs = ProgramManager(
             options, self._maps, pins, features, background, handover=self._handover
@@ -377,8 +377,8 @@ class Agent:
         if isinstance(message, NetworkChanged):
             self._network.set_facts(message.facts)
             self._knows_network = True
-        elif isinstance(message, Finished):
-            message.then()
+        elif isinstance(message, Call):
+            message.what()
         elif isinstance(message, Failed):
             raise message.error
         elif not isinstance(message, Stop):

@@ -139,7 +139,7 @@ class Lookup:
         known = Affinity(*flow_layout.unpack_affinity(found))
         selection = key.service_id * layout.POLICIES + policy
         is_member = self._maps["members"].lookup(layout.pack_member(selection, known.backend_id))
-        return known if is_member is not None and now - known.last <= seconds * 1_000_000_000 else None
+        return known if is_member is not None and now - known.last <= seconds * layout.NSEC_PER_SEC else None
 
     def backend(self, number: int) -> tuple[Backend, BackendState] | None:
         return self._backends.read(number)

@@ -10,7 +10,7 @@ import struct
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
-from ebpfproxy.datapath.abi.layout import NOBODY, pack_address, unpack_address
+from ebpfproxy.datapath.abi.layout import NOBODY, NSEC_PER_SEC, pack_address, unpack_address
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.services.model import Algorithm
 
@@ -185,9 +185,8 @@ class Wanted(NamedTuple):
     client: Client | None = None
 
 
-#: So much of a second's decisions may come at once.
+#: The part of a second's decisions that may come at once.
 _BURST = 0.25
-_NS = 1_000_000_000
 
 
 def pack_wanted(wanted: Wanted) -> bytes:
@@ -197,8 +196,8 @@ def pack_wanted(wanted: Wanted) -> bytes:
     first, second = (addresses * 2 + [b"", b""])[:2]
     return TRACING.pack(
         0,
-        _NS // wanted.rate,
-        int(_BURST * _NS),
+        NSEC_PER_SEC // wanted.rate,
+        int(_BURST * NSEC_PER_SEC),
         sum(1 << kind for kind in wanted.kinds),
         wanted.one_in,
         wanted.by_service,

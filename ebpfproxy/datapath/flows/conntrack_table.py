@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import msgspec
 
 from ebpfproxy.datapath.abi.flow_layout import Entry, Nat, NatFlags, Seen, reversed_at_egress
+from ebpfproxy.datapath.abi.layout import NSEC_PER_SEC
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.services.model import Protocol, format_endpoint
 
-_NS = 1_000_000_000
 #: RFC 3828. It uses UDP's Services.
 UDPLITE = 136
 _STREAM_SECONDS = 1.0
@@ -156,8 +156,8 @@ def flows_of(
             if reply is not None and reply.partner == source.key:
                 keys.append(reply.key)
         lasting = seen & ~Seen.REPLY if half_open else seen
-        limit = timeouts.of(flow.protocol, lasting, (last - nat.created) / _NS)
-        idle = max(0.0, (now - last) / _NS)
+        limit = timeouts.of(flow.protocol, lasting, (last - nat.created) / NSEC_PER_SEC)
+        idle = max(0.0, (now - last) / NSEC_PER_SEC)
         row = FlowRow(
             protocol=PROTOCOL_NAMES[flow.protocol],
             client=format_endpoint(flow.source, flow.source_port),
@@ -167,7 +167,7 @@ def flows_of(
             state=state_of(flow.protocol, seen, half_open=half_open),
             service=names.get(nat.service_id, "?"),
             idle=round(idle, 3),
-            age=round(max(0.0, (now - nat.created) / _NS), 3),
+            age=round(max(0.0, (now - nat.created) / NSEC_PER_SEC), 3),
             expires=round(max(0.0, limit - idle), 3),
             dsr=_dsr(nat.flags),
         )

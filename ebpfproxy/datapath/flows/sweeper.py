@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.datapath.abi.hooks import SWEEP
+from ebpfproxy.datapath.abi.layout import NSEC_PER_SEC
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.abi.schema import BYTES_OF_A_RUN, ENTRIES_OF_A_RUN, FLOW_FILTER_BITS, SWEEP_BATCH
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts, counters
@@ -27,7 +28,6 @@ from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Family, Protocol
 
-_NS = 1_000_000_000
 #: Rows of ``limits`` in struct sweep. The fourth is of protocols that no Service has: they end at once.
 _PROTOCOLS = (Protocol.TCP, Protocol.UDP, Protocol.SCTP)
 #: A packet has to have an Ethernet header; programs do not look at it.
@@ -197,9 +197,9 @@ def set_timeouts(maps: MapSet, timeouts: Timeouts) -> None:
 def _limits(timeouts: Timeouts) -> list[int]:
     """``limits`` of struct sweep: nanoseconds by protocol, ``seen``, and if a flow is older than a second."""
     limits = [
-        int(timeouts.of(protocol, seen, lasted) * _NS)
+        int(timeouts.of(protocol, seen, lasted) * NSEC_PER_SEC)
         for protocol in _PROTOCOLS
         for seen in range(16)
         for lasted in (0.0, math.inf)
     ]
-    return limits + [-_NS] * 32
+    return limits + [-NSEC_PER_SEC] * 32

@@ -299,20 +299,20 @@ class Agent:
 
     def _status_of(self, telemetry: Telemetry) -> Status:
         parts = Parts(
-            self._options,
-            self._maps,
-            self._source,
-            self._tracker,
-            self._writer,
-            self._programs,
-            self._network,
-            self._housekeeping,
-            self._serving.health,
-            self._serving.node_port_health,
-            self._metrics,
-            self._serving.servers,
-            telemetry,
-            self._local.name,
+            options=self._options,
+            maps=self._maps,
+            source=self._source,
+            tracker=self._tracker,
+            writer=self._writer,
+            programs=self._programs,
+            network=self._network,
+            housekeeping=self._housekeeping,
+            health=self._serving.health,
+            node_port_health=self._serving.node_port_health,
+            metrics=self._metrics,
+            servers=self._serving.servers,
+            telemetry=telemetry,
+            socket=self._local.name,
         )
         return Status(parts, self._started)
 

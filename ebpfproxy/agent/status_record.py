@@ -33,7 +33,7 @@ HEARTBEAT = 5.0
 _REST = 0.25
 
 
-class Parts(msgspec.Struct, frozen=True):
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
     """The parts of the agent that are shown."""
 
     options: AgentOptions

@@ -118,6 +118,22 @@ def _dsr(flags: NatFlags) -> str:
     return "sent" if flags & NatFlags.DSR else "received" if flags & NatFlags.DSR_BACKEND else ""
 
 
+def _masquerade_of(entry: Entry, there: Mapping[bytes, Entry]) -> tuple[str, list[bytes]]:
+    """What the backend sees of the client of an original direction, and the keys of the pair that says so.
+
+    Without such a pair the backend sees the client itself, and the text is empty.
+    """
+    # The key of the pair's original direction: from client to backend, where the packet leaves.
+    source = there.get(reversed_at_egress(entry.partner))
+    if source is None or not source.flags & NatFlags.SOURCE:
+        return "", []
+    keys = [source.key]
+    reply = there.get(source.partner)
+    if reply is not None and reply.partner == source.key:
+        keys.append(reply.key)
+    return format_endpoint(source.nat.source, source.nat.source_port), keys
+
+
 def flows_of(
     entries: list[tuple[bytes, bytes]], timeouts: Timeouts, now: int, names: Mapping[int, str]
 ) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
@@ -141,20 +157,10 @@ def flows_of(
             keys.append(partner.key)
             last, seen = max(last, partner.last), seen | partner.seen
             half_open = is_half_open(flow.protocol, nat, partner.nat)
-        masquerade = ""
-        if nat.flags & NatFlags.HOST:
-            masquerade = format_endpoint(nat.source, nat.source_port)
-        elif (
-            not is_replaced
-            and (source := there.get(reversed_at_egress(entry.partner)))
-            and source.flags & NatFlags.SOURCE
-        ):
-            # From client to backend, where the packet leaves.
-            keys.append(source.key)
-            masquerade = format_endpoint(source.nat.source, source.nat.source_port)
-            reply = there.get(source.partner)
-            if reply is not None and reply.partner == source.key:
-                keys.append(reply.key)
+        masquerade = format_endpoint(nat.source, nat.source_port) if nat.flags & NatFlags.HOST else ""
+        if not masquerade and not is_replaced:
+            masquerade, more = _masquerade_of(entry, there)
+            keys += more
         lasting = seen & ~Seen.REPLY if half_open else seen
         limit = timeouts.of(flow.protocol, lasting, (last - nat.created) / NSEC_PER_SEC)
         idle = max(0.0, (now - last) / NSEC_PER_SEC)

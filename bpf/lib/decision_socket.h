@@ -111,16 +111,16 @@ static __always_inline void decision_bind_refused(struct bpf_sock_addr *ctx,
 
 /* Rejects and reports that; @svc is NULL where it is not known. */
 static __always_inline int refuse(struct bpf_sock_addr *ctx, const struct target *to,
-				  const struct service *svc, enum verdict verdict)
+				  const struct service *svc, enum choice choice)
 {
 	enum event reason;
 
 	if (svc)
-		reason = verdict == VERDICT_REFUSE ? EVENT_NO_ENDPOINT : EVENT_NO_LOCAL_ENDPOINT;
+		reason = choice == CHOICE_REFUSE ? EVENT_NO_ENDPOINT : EVENT_NO_LOCAL_ENDPOINT;
 	else
-		reason = verdict == VERDICT_REFUSE ? EVENT_NO_SUCH_PORT : EVENT_NO_SUCH_SERVICE;
+		reason = choice == CHOICE_REFUSE ? EVENT_NO_SUCH_PORT : EVENT_NO_SUCH_SERVICE;
 	socket_decision(ctx, to, svc, DECISION_REFUSED, reason, NOBODY);
-	return reject_call(verdict);
+	return reject_call(choice);
 }
 
 #endif

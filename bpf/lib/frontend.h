@@ -137,9 +137,9 @@ static __always_inline struct backend *backend_for(const struct packet *p, struc
 	if (needs_client_key(svc))
 		set_client(&s->client, p);
 	switch (choose(svc, &s->client, id, &backend)) {
-	case VERDICT_TRANSLATE:
+	case CHOICE_BACKEND:
 		return backend;
-	case VERDICT_REFUSE:
+	case CHOICE_REFUSE:
 		*verdict = rejection(EVENT_NO_ENDPOINT);
 		return NULL;
 	default:

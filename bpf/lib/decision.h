@@ -99,10 +99,10 @@ static __always_inline void decision_choice(struct decision *made, enum decision
 	u32 candidates = 0;
 
 	made->backend_id = backend_id;
-	made->place = place << 4;
+	made->place = place << BITS_OF_ALGORITHM;
 	if (svc) {
 		candidates = selection_of(selection_index(svc, policy_of(svc))).count;
-		made->place |= svc->algorithm & 0xf;
+		made->place |= svc->algorithm & ((1 << BITS_OF_ALGORITHM) - 1);
 	}
 	if (backend_id == NOBODY)
 		candidates = 0;

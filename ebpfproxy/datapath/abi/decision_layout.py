@@ -19,6 +19,8 @@ _TASK = struct.Struct("=QQII16s")
 _SENDER = struct.Struct("=16s2sHI16x")
 TRACING = struct.Struct("=QQQIIII16s16sII")
 DECISION_STATE = struct.Struct("=QQQQQQQ16s")
+#: ``place`` of ``struct decision``: these lower bits are its ``Algorithm``, those above its :class:`Place`.
+BITS_OF_ALGORITHM = 4
 #: ``namespace/name`` of a pod, which may be cut.
 POD_NAME = struct.Struct("=128s")
 #: These are offsets in ``struct tracing``: what a command wants follows its lease; the agent writes the last.
@@ -107,13 +109,13 @@ def unpack_decision(packed: bytes) -> Decision:
     time, frontend, service, backend, port, candidates, kind, reason, protocol, place, client = (
         DECISION.unpack(packed)
     )
-    found = _PLACES[place >> 4]
+    found = _PLACES[place >> BITS_OF_ALGORITHM]
     return Decision(
         time,
         _KINDS[kind],
         _REASONS[reason],
         found,
-        _ALGORITHMS[place & 15],
+        _ALGORITHMS[place & ((1 << BITS_OF_ALGORITHM) - 1)],
         protocol,
         unpack_address(frontend),
         int.from_bytes(port, "big"),

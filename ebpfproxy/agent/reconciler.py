@@ -131,14 +131,7 @@ class Agent:
         source.start()
         try:
             self._create_parts(features, telemetry)
-            self._listen()
-            if not self._learn_network():
-                self._messages.put(Stop())
-            self._network.set_pod_cidrs()
-            self._programs.start_load()
-            source.record(kube_events.starting(options.node_name))
-            self._serving.follow(complete=False)
-            self._local.start()
+            self._begin()
             successors = Successors(self._local.name)
         except BaseException:
             source.stop()
@@ -147,19 +140,34 @@ class Agent:
         try:
             self._reconcile()
         finally:
-            telemetry.stop()
-            self._tracing.stop()
-            source.stop()
-            self._messages.close()
-            self._local.stop()
-            if self._starts_anew:
-                self._listeners.leave_to_next()
-            successors.hand_over(self._listeners, lock)
-            self._predecessor.dismiss()
-            self._serving.stop()
+            self._shut_down(telemetry, successors, lock)
         log.info("stopped, traffic goes on")
         telemetry.close()
         return self._starts_anew and not self._is_told_to_end
+
+    def _begin(self) -> None:
+        """Loads the programs, and answers who asks, while the first lists come."""
+        self._listen()
+        if not self._learn_network():
+            self._messages.put(Stop())
+        self._network.set_pod_cidrs()
+        self._programs.start_load()
+        self._source.record(kube_events.starting(self._options.node_name))
+        self._serving.follow(complete=False)
+        self._local.start()
+
+    def _shut_down(self, telemetry: Telemetry, successors: Successors, lock: roots.Lock) -> None:
+        """Ends what runs beside the reconciler; another agent gets the listening sockets and the lock."""
+        telemetry.stop()
+        self._tracing.stop()
+        self._source.stop()
+        self._messages.close()
+        self._local.stop()
+        if self._starts_anew:
+            self._listeners.leave_to_next()
+        successors.hand_over(self._listeners, lock)
+        self._predecessor.dismiss()
+        self._serving.stop()
 
     def _create_parts(self, features: probe.Features, telemetry: Telemetry) -> None:
         options, source = self._options, self._source

@@ -17,6 +17,7 @@ int report_decision(struct __sk_buff *skb)
 
 	if ((void *)(given + 1) > (void *)(u64)skb->data_end)
 		return false;
+	/* A shift by more than 31 has no meaning. */
 	wanted = traces(given->kind & 31);
 	if (!wanted || (wanted->by_client && wanted->netns != given->task.netns))
 		return false;

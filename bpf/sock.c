@@ -31,9 +31,9 @@ static __always_inline int connect_as_is(struct bpf_sock_addr *ctx, const struct
 		return PROCEED;
 	if (!svc && to->proto != IPPROTO_UDP) {
 		if (is_unused_port(ctx, to, is_known))
-			return refuse(ctx, to, NULL, VERDICT_REFUSE);
+			return refuse(ctx, to, NULL, CHOICE_REFUSE);
 		if (is_unallocated_target(ctx, to))
-			return refuse(ctx, to, NULL, VERDICT_DROP);
+			return refuse(ctx, to, NULL, CHOICE_DROP);
 	}
 	/*
 	 * A helper is called for the cookie of a TCP socket only where its peer may be a backend.
@@ -66,7 +66,7 @@ static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struc
 	struct service *svc = NULL;
 	union selection range;
 	struct client client;
-	enum verdict verdict;
+	enum choice choice;
 	struct found found;
 	u32 backend_id;
 
@@ -78,11 +78,11 @@ static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struc
 	touch_for_choice(who.socket, svc);
 	client = client_of(ctx, svc, to);
 	range = range_of(&found);
-	verdict = service_choose(svc, &range, &who, &client, &backend_id, backend);
-	if (verdict != VERDICT_TRANSLATE) {
-		count_service(svc->id, verdict);
+	choice = service_choose(svc, &range, &who, &client, &backend_id, backend);
+	if (choice != CHOICE_BACKEND) {
+		count_service(svc->id, choice);
 		if (to->proto != IPPROTO_UDP)
-			return refuse(ctx, to, svc, verdict);
+			return refuse(ctx, to, svc, choice);
 		/* Nothing is sent yet: packets are rejected as long as there is no endpoint. */
 		forget_origin(ctx);
 		return PROCEED;
@@ -100,7 +100,7 @@ static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struc
 		}
 		load_count_datagram(*backend);
 	}
-	count_service(svc->id, VERDICT_TRANSLATE);
+	count_service(svc->id, CHOICE_BACKEND);
 	decision_chosen(ctx, to, svc, &client, backend_id);
 	return PROCEED;
 }

@@ -19,9 +19,9 @@
 #include "lib/filter.h"
 #include "lib/flow.h"
 #include "lib/frontend.h"
-#include "lib/glance.h"
 #include "lib/measure_packet.h"
 #include "lib/packet.h"
+#include "lib/prefilter.h"
 #include "lib/reject.h"
 #include "lib/rewrite.h"
 #include "lib/route.h"
@@ -52,11 +52,11 @@ static __always_inline int forward_flow(struct __sk_buff *skb, const struct pack
 }
 
 /*
- * Decides about a packet that has the entry @in_map, and sets @verdict; returns true where it opens
- * another flow instead.
+ * Handles a packet that has the entry @in_map, and sets @verdict; returns true where it opens
+ * another flow instead: then that entry has been deleted, or marked as ended.
  */
-static __always_inline bool opens_anew(struct __sk_buff *skb, const struct packet *p,
-				       struct nat *in_map, int *verdict)
+static __always_inline bool handle_known_flow(struct __sk_buff *skb, const struct packet *p,
+					      struct nat *in_map, int *verdict)
 {
 	const struct nat *nat = &scratch_of(p)->entry;
 	enum flow_verdict found;
@@ -118,7 +118,7 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 	return nat->flags & NAT_HOST ? deliver_error(skb, nat) : PASS;
 }
 
-/* Every way takes packets of this size (RFC 791). */
+/* Every path takes packets of this size (RFC 791). */
 #define ALWAYS_FITS 576
 
 /*
@@ -142,9 +142,9 @@ static __always_inline u32 size_of(struct __sk_buff *skb, const struct packet *p
 }
 
 /*
- * Returns the MTU of the way to the backend if a packet of this host is too big for it, else 0. The
- * kernel knows the way to the frontend only; nothing after this hook makes fragments, or tells the
- * socket.
+ * Returns the MTU of the route to the backend if a packet of this host exceeds it, else 0. The
+ * kernel has looked up the route to the frontend only; nothing after this hook makes fragments, or
+ * tells the socket.
  */
 static __always_inline u32 exceeded_mtu(struct __sk_buff *skb, const struct packet *p)
 {
@@ -161,7 +161,7 @@ static __always_inline u32 exceeded_mtu(struct __sk_buff *skb, const struct pack
 	return fib.tot_len;
 }
 
-/* Translates a packet by its entry, and sends it on its way. */
+/* Translates a packet by its entry, and sends it on. */
 static __always_inline int translate(struct __sk_buff *skb, const struct packet *p,
 				     const enum stage stage)
 {
@@ -262,7 +262,7 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 		return DSR_RECEIVED;
 	if (flow_of_interest(&p->flow.src, &p->flow.dst))
 		nat = conntrack_of(p);
-	if (nat && !opens_anew(skb, p, nat, &verdict))
+	if (nat && !handle_known_flow(skb, p, nat, &verdict))
 		return verdict;
 	return create_flow(skb, p);
 }
@@ -292,7 +292,7 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return is_mine ? handle_without_ports(skb, p, parsed) : drop_unallocated(skb, p);
 	nat = is_known ? conntrack_of(p) : NULL;
-	if (nat && !opens_anew(skb, p, nat, &verdict))
+	if (nat && !handle_known_flow(skb, p, nat, &verdict))
 		return verdict;
 	if (is_mine)
 		return create_host_flow(skb, p);
@@ -318,7 +318,7 @@ int from_device(struct __sk_buff *skb)
 	int verdict = PASS;
 	struct packet *p;
 
-	if (!may_concern_us(skb, STAGE_INGRESS) || takes_fast_path(skb, STAGE_INGRESS, &verdict))
+	if (!may_concern_us(skb, STAGE_INGRESS) || try_fast_path(skb, STAGE_INGRESS, &verdict))
 		return verdict;
 	p = packet_of(STAGE_INGRESS);
 	return p ? finish(skb, p, handle_ingress(skb, p), STAGE_INGRESS) : PASS;
@@ -329,7 +329,7 @@ int to_device(struct __sk_buff *skb)
 	int verdict = PASS;
 	struct packet *p;
 
-	if (!may_concern_us(skb, STAGE_EGRESS) || takes_fast_path(skb, STAGE_EGRESS, &verdict))
+	if (!may_concern_us(skb, STAGE_EGRESS) || try_fast_path(skb, STAGE_EGRESS, &verdict))
 		return verdict;
 	p = packet_of(STAGE_EGRESS);
 	return p ? finish(skb, p, handle_egress(skb, p), STAGE_EGRESS) : PASS;

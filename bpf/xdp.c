@@ -6,7 +6,7 @@
  * The program follows flows that are forwarded from the hook (NAT_BYPASS). tc creates them, as the
  * first packet of a flow has everything to be decided about, and tc follows them, too: a packet
  * that cannot be forwarded here completely passes unchanged, and tc does what it does without this
- * program. So a packet's way never depends on which hook has seen the packets before it.
+ * program. So where a packet goes never depends on which hook has seen the packets before it.
  */
 #include "lib/compat.h"
 #include "lib/conntrack.h"
@@ -22,9 +22,9 @@
 
 #define UNUSUAL_FLAGS (TCP_SYN | TCP_FIN | TCP_RST)
 
-/* Finds the entry and the way of a packet in the caches. */
-static __always_inline bool find_cached(struct xdp_md *ctx, const struct packet *p,
-					struct flow_hop *hop)
+/* Finds the entry of a packet and its next hop in the caches. */
+static __always_inline bool find_cached_hop(struct xdp_md *ctx, const struct packet *p,
+					    struct flow_hop *hop)
 {
 	struct nat *nat = &scratch_of(p)->entry;
 	const u64 now = coarse_now(scratch_of(p));
@@ -57,7 +57,7 @@ static __always_inline struct nat *forwarded_flow(const struct packet *p)
 	return in_map;
 }
 
-/* Finds the way of a packet with the entry @nat; returns false where it is left to tc. */
+/* Finds the next hop of a packet with the entry @nat; returns false where it is left to tc. */
 static __always_inline bool find_hop(struct xdp_md *ctx, const struct packet *p,
 				     const struct nat *nat, struct flow_hop *hop)
 {
@@ -84,7 +84,7 @@ static __always_inline bool find_hop(struct xdp_md *ctx, const struct packet *p,
 }
 
 /*
- * Updates the state of a flow from a packet that is forwarded; @hop is its way. Both are cached, as
+ * Updates the state of a flow from a packet that is forwarded to @hop. Both are cached, as
  * in the fast path at tc, if the flow has many packets.
  */
 static __always_inline void track(const struct packet *p, struct nat *in_map, struct flow_hop *hop)
@@ -94,7 +94,7 @@ static __always_inline void track(const struct packet *p, struct nat *in_map, st
 	const u64 now = coarse_now(s);
 	struct flow_slot *slot;
 
-	if (!is_still(in_map, nat))
+	if (!is_same_entry(in_map, nat))
 		return;
 	if (p->tcp_flags & UNUSUAL_FLAGS || (s64)(now - nat->last) > (s64)NSEC_PER_SEC ||
 	    (!(nat->seen & SEEN_REPLY) &&
@@ -139,7 +139,7 @@ int forward(struct xdp_md *ctx)
 	if (!p || !frame_read_addresses(ctx, p) || !address_of_interest(&p->flow.dst) ||
 	    !frame_read_ports(ctx, p) || p->hops <= 1)
 		return XDP_PASS;
-	if (!find_cached(ctx, p, &hop)) {
+	if (!find_cached_hop(ctx, p, &hop)) {
 		in_map = forwarded_flow(p);
 		if (!in_map)
 			return XDP_PASS;

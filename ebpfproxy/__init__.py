@@ -9,8 +9,8 @@ The data flows one way::
 ``metrics`` for those who ask, and ``config`` for its settings. ``explain`` says what would happen to a
 connection, ``trace`` what happens. ``operator`` installs, migrates and checks. ``cli`` is the command.
 
-Each package's ``__init__`` says what it holds and what it may import; pyproject.toml has the same as a table
-(``[tool.layers]``), which ``make lint`` holds.
+Each package's ``__init__`` says what it holds. What it may import is a table in pyproject.toml
+(``[tool.layers]``), which ``make lint`` checks.
 """
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ import yaml
 
 #: More than any Kubernetes object has, and far less than what ends the process.
 DEEPEST = 100
-#: So many values may be repeated by aliases.
+#: How many values aliases may repeat.
 MOST_REPEATED = 1_000_000
 #: Two levels of a block indent the next line further, by a space or by indicators. Lines end in many ways.
 _FAR_INDENTED = re.compile(rf"[ ?:-]{{{DEEPEST // 2}}}")

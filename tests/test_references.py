@@ -21,6 +21,11 @@ DOTTED = re.compile(r"(?<!`)``((?:[a-z_]\w*\.)+[A-Za-z_]\w*)``")
 #: A role of Sphinx with a name of this module, or with a dotted one.
 ROLE = re.compile(r":\w+:`~?([\w.]+)`")
 
+#: A function, macro or field with the file of bpf/ that has it: ``find_source`` of flow.h.
+IN_C = re.compile(r"\b([A-Za-z_]{3,})(?:\(\))?(?:``)?\s+(?:in|of)\s+(?:bpf/)?(?:lib/)?([a-z_]+\.[ch])\b")
+#: A row of a package's table of modules.
+MODULE_ROW = re.compile(r"^\| (``\w+``(?:, ``\w+``)*) \|", re.MULTILINE)
+
 #: Files of the kernel, libc, Kubernetes, Cilium and CoreDNS.
 ELSEWHERE = re.compile(
     r"(linux|asm-generic|net/netfilter|include/uapi)/.*\.[ch]|(nf_|ip_vs|tcp_states|kernel/bpf/syscall).*\.[ch]"
@@ -46,6 +51,16 @@ def suffixes() -> frozenset[str]:
     return frozenset(
         "/".join(parts[at:]) for parts in (name.split("/") for name in files()) for at in range(len(parts))
     )
+
+
+@functools.cache
+def in_c() -> dict[str, str]:
+    """Returns the code of bpf/ by files' names, without comments."""
+    return {
+        path.name: re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
+        for name, path in files().items()
+        if re.fullmatch(r"bpf/(lib/)?\w+\.[ch]", name)
+    }
 
 
 @functools.cache
@@ -121,6 +136,13 @@ def wrong_in(text: str, path: Path) -> Iterator[str]:
     for name in FILE.findall(text):
         if not ELSEWHERE.fullmatch(name) and name not in suffixes():
             yield name
+    for name, file in IN_C.findall(text):
+        if (
+            not re.match(r"[A-Z]?[a-z]+$", name)
+            and file in in_c()
+            and not re.search(rf"\b{name}\b", in_c()[file])
+        ):
+            yield f"{name} in {file}"
     if path.suffix == ".py":
         for name in DOTTED.findall(text):
             if not NO_MODULE.fullmatch(name) and not is_there(name, path):
@@ -139,3 +161,13 @@ def test_references_of_comments_and_docs_exist(suffix: str) -> None:
         for each in wrong(path)
     }
     assert not found
+
+
+@pytest.mark.parametrize(
+    "package", sorted({path.parent for name, path in files().items() if re.match(r"ebpfproxy/.*\.py$", name)})
+)
+def test_tables_of_modules_are_complete(package: Path) -> None:
+    """A package whose docstring has a table of its modules has all of them there, and no others."""
+    rows = MODULE_ROW.findall(ast.get_docstring(parsed(package / "__init__.py")) or "")
+    found = {name for row in rows for name in re.findall(r"\w+", row)}
+    assert not found or found == {path.stem for path in package.glob("*.py")} - {"__init__"}

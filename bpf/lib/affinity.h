@@ -35,7 +35,7 @@ static __always_inline bool affinity_recall(const struct service *svc, u32 selec
 	const u64 now = bpf_ktime_get_coarse_ns();
 	u32 id;
 
-	if (!known || (s64)(now - known->last) > (s64)(svc->affinity_seconds * 1000000000ULL))
+	if (!known || (s64)(now - known->last) > (s64)(svc->affinity_seconds * NSEC_PER_SEC))
 		return false;
 	/* This is read once: an LRU map may reuse the element for another client meanwhile. */
 	id = *(volatile u32 *)&known->backend_id;

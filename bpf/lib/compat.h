@@ -31,6 +31,9 @@
 #define TC_ACT_SHOT	 2
 #define TC_ACT_UNSPEC	 (-1) /* the next program's turn; TCX_NEXT is the same */
 
+#define NSEC_PER_SEC  1000000000ULL
+#define NSEC_PER_MSEC 1000000ULL
+
 #define ENOENT	     2
 #define EEXIST	     17
 #define EADDRINUSE   98

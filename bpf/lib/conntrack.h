@@ -212,7 +212,7 @@ static __always_inline bool mark_seen(struct nat *nat, u8 seen)
  * Claims an entry whose port another flow is to have: returns true for one caller, on whichever
  * CPU.
  */
-static __always_inline bool claim(struct nat *nat)
+static __always_inline bool claim_entry(struct nat *nat)
 {
 	struct nat bits = { .seen = SEEN_CLAIMED };
 
@@ -221,7 +221,7 @@ static __always_inline bool claim(struct nat *nat)
 }
 
 /* Says if the element that @copy was read from still has that entry. */
-static __always_inline bool is_still(const struct nat *nat, const struct nat *copy)
+static __always_inline bool is_same_entry(const struct nat *nat, const struct nat *copy)
 {
 	return *(const volatile u64 *)&nat->check == copy->check;
 }
@@ -229,7 +229,7 @@ static __always_inline bool is_still(const struct nat *nat, const struct nat *co
 /* Marks a flow as ended. The entry of the original direction counts it. */
 static __always_inline void conntrack_end(struct nat *nat, const struct nat *copy)
 {
-	if (!(copy->flags & (NAT_SOURCE | NAT_REPLY)) && is_still(nat, copy) &&
+	if (!(copy->flags & (NAT_SOURCE | NAT_REPLY)) && is_same_entry(nat, copy) &&
 	    mark_seen(nat, SEEN_RST))
 		load_end_flow(copy->backend_id);
 }
@@ -313,8 +313,8 @@ static __always_inline bool conntrack_track_end(const struct packet *p, struct n
 	if (DSR_SENDS && is_dsr_original(entry) ? !is_near_end(p, entry)
 						: partner && !is_believable(p, entry, &s->other))
 		return false;
-	closes = is_still(nat, entry) && mark_seen(nat, ended) && !(entry->flags & NAT_REPLY);
-	if (partner && is_still(partner, &s->other)) {
+	closes = is_same_entry(nat, entry) && mark_seen(nat, ended) && !(entry->flags & NAT_REPLY);
+	if (partner && is_same_entry(partner, &s->other)) {
 		closes |= mark_seen(partner, ended) && entry->flags & NAT_REPLY;
 		partner->last = coarse_now(s);
 	}
@@ -336,7 +336,7 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 	struct scratch *s = scratch_of(p);
 	const u64 now = coarse_now(s);
 
-	if (!is_still(nat, entry))
+	if (!is_same_entry(nat, entry))
 		return;
 	if ((s64)(now - entry->last) > (s64)NSEC_PER_SEC) {
 		nat->last = now;

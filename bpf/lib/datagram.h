@@ -131,13 +131,13 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 	 */
 	const u32 epoch = epoch_of(svc->id);
 	struct peer peer = {};
-	enum verdict verdict;
+	enum choice choice;
 	u32 backend_id;
 
-	verdict = service_choose(svc, NULL, &who, &client, &backend_id, backend);
-	if (verdict != VERDICT_TRANSLATE) {
-		count_service(svc->id, verdict);
-		return refuse(ctx, to, svc, verdict);
+	choice = service_choose(svc, NULL, &who, &client, &backend_id, backend);
+	if (choice != CHOICE_BACKEND) {
+		count_service(svc->id, choice);
+		return refuse(ctx, to, svc, choice);
 	}
 	if (is_shared(cookie, *backend)) {
 		struct backend *only = *backend;
@@ -168,7 +168,7 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 		*backend = NULL;
 		return PROCEED;
 	}
-	count_service(svc->id, VERDICT_TRANSLATE);
+	count_service(svc->id, CHOICE_BACKEND);
 	load_count_datagram(*backend);
 	decision_chosen(ctx, to, svc, &client, backend_id);
 	return PROCEED;
@@ -178,22 +178,22 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 static __always_inline int handle_sendmsg(struct bpf_sock_addr *ctx, const struct target *to,
 					  struct target *goes)
 {
-	struct service *svc = find_service(ctx, to);
+	struct service *svc = find_socket_service(ctx, to);
 	struct backend *backend;
 	int proceed = PROCEED;
 	u32 left = NOBODY;
 
 	if (skip_translation(ctx, to, svc)) {
 		if (!svc && is_unused_port(ctx, to, address_of_interest(&to->addr)))
-			return refuse(ctx, to, NULL, VERDICT_REFUSE);
-		return !svc && is_unallocated_target(ctx, to) ? refuse(ctx, to, NULL, VERDICT_DROP)
+			return refuse(ctx, to, NULL, CHOICE_REFUSE);
+		return !svc && is_unallocated_target(ctx, to) ? refuse(ctx, to, NULL, CHOICE_DROP)
 							      : PROCEED;
 	}
 	if (is_connected(ctx) && (origin_sends(ctx, to, goes) || is_to_peer(ctx, to)))
 		return PROCEED;
 	backend = peer_backend(known_socket_cookie(ctx), to, svc, &left);
 	if (backend) {
-		count_service(svc->id, VERDICT_TRANSLATE);
+		count_service(svc->id, CHOICE_BACKEND);
 		load_count_datagram(backend);
 	} else {
 		if (left != NOBODY)

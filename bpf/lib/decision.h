@@ -96,14 +96,13 @@ static __always_inline void decision_submit(struct decision *made)
 static __always_inline void decision_choice(struct decision *made, enum decision_place place,
 					    const struct service *svc, u32 backend_id)
 {
-	u32 policy, candidates = 0;
+	u32 candidates = 0;
 
 	made->backend_id = backend_id;
-	made->place = place << 4;
+	made->place = place << BITS_OF_ALGORITHM;
 	if (svc) {
-		policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
-		candidates = selection_of(svc->id * POLICIES + policy).count;
-		made->place |= svc->algorithm & 0xf;
+		candidates = selection_of(selection_index(svc, policy_of(svc))).count;
+		made->place |= svc->algorithm & ((1 << BITS_OF_ALGORITHM) - 1);
 	}
 	if (backend_id == NOBODY)
 		candidates = 0;

@@ -82,7 +82,7 @@ static __always_inline u32 service_of_event(const struct scratch *s, enum event 
 {
 	switch (event) {
 	case EVENT_NO_ENDPOINT:
-	case EVENT_NO_LOCAL:
+	case EVENT_NO_LOCAL_ENDPOINT:
 	case EVENT_SOURCE_RANGE:
 	case EVENT_NO_FLOW:
 		return s->service.id;
@@ -137,7 +137,10 @@ static __always_inline void report_decisions(const struct packet *p, u32 ifindex
 		flow_decision(&p->flow, NULL, place, DECISION_BACKEND_LEFT, EVENT_BACKEND_GONE,
 			      s->noted.left_service_id, s->noted.left_backend_id, ifindex);
 	if (s->noted.has_decision)
-		/* A pointer that may be NULL is one too many for the verifier before Linux 6.6. */
+		/*
+		 * A shift by more than 31, as of a kind read from memory, has no meaning. And a
+		 * pointer that may be NULL is one too many for the verifier before Linux 6.6.
+		 */
 		flow_decision(&p->flow, &s->service, place, s->noted.kind & 15, s->noted.reason,
 			      s->noted.service_id, s->noted.backend_id, ifindex);
 }

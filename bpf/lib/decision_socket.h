@@ -7,8 +7,8 @@
 #include "origin.h"
 #include "socket.h"
 
-/* So long a task's name and cgroup are believed to be the same. */
-#define TASK_KNOWN_NS (100 * 1000000ULL)
+/* A task's name and cgroup are believed to be the same for this long. */
+#define TASK_KNOWN_NS (100 * NSEC_PER_MSEC)
 
 #define as_volatile(field) (*(volatile u64 *)&(field))
 
@@ -111,16 +111,16 @@ static __always_inline void decision_bind_refused(struct bpf_sock_addr *ctx,
 
 /* Rejects and reports that; @svc is NULL where it is not known. */
 static __always_inline int refuse(struct bpf_sock_addr *ctx, const struct target *to,
-				  const struct service *svc, enum verdict verdict)
+				  const struct service *svc, enum choice choice)
 {
 	enum event reason;
 
 	if (svc)
-		reason = verdict == VERDICT_REFUSE ? EVENT_NO_ENDPOINT : EVENT_NO_LOCAL;
+		reason = choice == CHOICE_REFUSE ? EVENT_NO_ENDPOINT : EVENT_NO_LOCAL_ENDPOINT;
 	else
-		reason = verdict == VERDICT_REFUSE ? EVENT_NO_SUCH_PORT : EVENT_NO_SUCH_SERVICE;
+		reason = choice == CHOICE_REFUSE ? EVENT_NO_SUCH_PORT : EVENT_NO_SUCH_SERVICE;
 	socket_decision(ctx, to, svc, DECISION_REFUSED, reason, NOBODY);
-	return reject(verdict);
+	return reject_call(choice);
 }
 
 #endif

@@ -15,7 +15,10 @@ enum decision_kind {
 	DECISION_BIND_REFUSED = 7,
 };
 
-/* decision.place, in the upper half: where it was made. */
+/* decision.place: these lower bits are the algorithm. */
+#define BITS_OF_ALGORITHM 4
+
+/* decision.place, above them: where it was made. */
 enum decision_place {
 	PLACE_SOCKET = 0,
 	PLACE_INGRESS = 1,
@@ -41,7 +44,7 @@ struct decision {
 	u8 kind;
 	u8 reason; /* enum event */
 	u8 proto;
-	u8 place; /* enum decision_place << 4, and enum algorithm */
+	u8 place; /* enum decision_place, and enum algorithm in the lower bits */
 	union {
 		struct {
 			u64 cgroup;

@@ -24,10 +24,10 @@ static __always_inline bool is_at_local_device(struct __sk_buff *skb)
 	return device && device->flags & DEVICE_LOCAL;
 }
 
-enum place {
-	PLACE_OUTSIDE,
-	PLACE_OTHER_NODE, /* a pod, by its address alone */
-	PLACE_THIS_NODE,  /* a pod of this node */
+enum client_location {
+	OUTSIDE_CLUSTER,
+	POD_OF_OTHER_NODE, /* by its address alone */
+	POD_OF_THIS_NODE,
 };
 
 /*
@@ -35,8 +35,8 @@ enum place {
  * by which its packet came in: it must leave unfragmented. Both are left in @s, and if this node
  * routes by sources.
  */
-static __always_inline void find_place(struct __sk_buff *skb, struct scratch *s,
-				       const struct packet *p)
+static __always_inline void locate_client(struct __sk_buff *skb, struct scratch *s,
+					  const struct packet *p)
 {
 	u32 ifindex = ifindex_of(skb);
 	const struct device *device = map_at(devices, ifindex);
@@ -44,11 +44,11 @@ static __always_inline void find_place(struct __sk_buff *skb, struct scratch *s,
 
 	s->mtu = device ? device->mtu : 0;
 	s->has_rules = !!(flags & DEVICE_RULES);
-	s->place = PLACE_OUTSIDE;
+	s->client_location = OUTSIDE_CLUSTER;
 	if (PODS_BY_CIDR && is_in_pod_cidr(&p->flow.src))
-		s->place = flags & DEVICE_LOCAL ? PLACE_THIS_NODE : PLACE_OTHER_NODE;
+		s->client_location = flags & DEVICE_LOCAL ? POD_OF_THIS_NODE : POD_OF_OTHER_NODE;
 	else if (!PODS_BY_CIDR && flags & DEVICE_PODS)
-		s->place = PLACE_THIS_NODE;
+		s->client_location = POD_OF_THIS_NODE;
 	/* The compiler has to read it again, and the verifier knows nothing of it then. */
 	asm volatile("" ::: "memory");
 }
@@ -130,7 +130,7 @@ static __always_inline bool defer_to_kube_proxy(const struct packet *p)
  * Says if a segment may be of a connection that another size of maps knows, from which it is copied
  * just now. Such a segment is dropped, and not rejected: its sender repeats it.
  */
-static __always_inline bool may_arrive(const struct packet *p)
+static __always_inline bool may_be_migrating(const struct packet *p)
 {
 	const u32 any = 0;
 	struct device *node;
@@ -138,7 +138,7 @@ static __always_inline bool may_arrive(const struct packet *p)
 	if (p->flow.proto != IPPROTO_TCP || (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
 		return false;
 	node = map_at(devices, any);
-	return node && node->flags & FLOWS_ARRIVE;
+	return node && node->flags & MIGRATING_FLOWS;
 }
 
 #endif

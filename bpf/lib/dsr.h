@@ -39,8 +39,8 @@
 #define DSR_FOLLOW	 0xfc
 #define DSR_STRIP_OPTION 0xfb
 
-/* Says what becomes of a flow that would be masqueraded. */
-enum dsr_way {
+/* What becomes of a flow that would be masqueraded. */
+enum dsr_mode {
 	DSR_NONE,     /* masqueraded as without DSR */
 	DSR_LOCAL,    /* the backend is a pod of this node: replies come through us */
 	DSR_DIRECTLY, /* they do not */
@@ -76,28 +76,27 @@ static __always_inline bool is_dsr_clash(struct scratch *s, const struct flow *f
 }
 
 /*
- * Decides about a new flow, from the @way to its backend. The backend's own node is no client: it
+ * Decides about a new flow, from the @route to its backend. The backend's own node is no client: it
  * would drop packets with its own address. It is the next hop to its pods, unless a tunnel leads
  * there.
  */
-static __always_inline enum dsr_way dsr_way_of(struct __sk_buff *skb, struct scratch *s,
-					       const struct packet *p,
-					       const struct backend *backend, enum fib_result way,
-					       const struct bpf_fib_lookup *fib)
+static __always_inline enum dsr_mode
+dsr_mode_of(struct __sk_buff *skb, struct scratch *s, const struct packet *p,
+	    const struct backend *backend, enum fib_result route, const struct bpf_fib_lookup *fib)
 {
 	const struct service *svc = &s->service;
 	u32 out = fib->ifindex;
 	const struct device *device;
 
-	if (MASQUERADE_ALL || svc->kind == KIND_CLUSTER_IP || s->place != PLACE_OUTSIDE ||
-	    addr_equal(&p->flow.src, &backend->addr))
+	if (MASQUERADE_ALL || svc->kind == KIND_CLUSTER_IP ||
+	    s->client_location != OUTSIDE_CLUSTER || addr_equal(&p->flow.src, &backend->addr))
 		return DSR_NONE;
 	device = out ? map_lookup(devices, &out) : NULL;
 	if (!device || device->flags & DEVICE_TUNNEL)
 		return DSR_NONE;
 	if (device->flags & DEVICE_LOCAL)
 		return DSR_LOCAL;
-	if ((p->proto != IPPROTO_TCP && p->proto != IPPROTO_UDP) || way == FIB_MTU_EXCEEDED ||
+	if ((p->proto != IPPROTO_TCP && p->proto != IPPROTO_UDP) || route == FIB_MTU_EXCEEDED ||
 	    p->hops <= 1 || !has_room_for_option(p) || skb->gso_size ||
 	    p->l3_length + dsr_option_size(p) > s->mtu || is_next_hop(fib, &p->flow.src) ||
 	    is_dsr_clash(s, &p->flow, backend))
@@ -153,16 +152,16 @@ static __always_inline bool is_for_this_node(struct __sk_buff *skb, const struct
 	const struct flow *flow = &p->flow;
 	const struct device *device;
 	struct bpf_fib_lookup fib;
-	enum fib_result way;
+	enum fib_result route;
 	u32 out;
 
 	if (addr_is_this_node(&flow->dst))
 		return true;
-	way = fib_result_of(skb, ifindex_of(skb), &flow->src, &flow->dst, 0, &fib);
-	if (way == FIB_LOCAL)
+	route = fib_result_of(skb, ifindex_of(skb), &flow->src, &flow->dst, 0, &fib);
+	if (route == FIB_LOCAL)
 		return true;
 	out = fib.ifindex;
-	device = leads_out(way) ? map_lookup(devices, &out) : NULL;
+	device = leads_out(route) ? map_lookup(devices, &out) : NULL;
 	return device && device->flags & DEVICE_LOCAL;
 }
 

@@ -19,7 +19,7 @@
 #include "masquerade.h"
 #include "timeout.h"
 
-/* So many ports are looked at. */
+/* This many ports are looked at. */
 #define EARLY_DROP_TRIES 12
 /* This is later than any time of an entry. */
 #define NEVER (1ULL << 62)
@@ -140,7 +140,7 @@ static __always_inline bool end_unconfirmed(struct scratch *s)
 		if (counted && !is_reverse(counted, reply))
 			counted = NULL;
 	}
-	if (!claim(in_map) || !is_still(in_map, &s->other))
+	if (!claim_entry(in_map) || !is_same_entry(in_map, &s->other))
 		return false;
 	if (counted && mark_seen(counted, SEEN_RST))
 		load_end_flow(s->other.backend_id);

@@ -7,8 +7,6 @@
 #include "compat.h"
 #include "maps.h"
 
-#define NSEC_PER_SEC 1000000000ULL
-
 typedef u64 __attribute__((may_alias)) word;
 
 /* Sums up a key: any odd factors do. */

@@ -7,22 +7,22 @@
 
 /* Index of packet_events. datapath/abi/node_layout.py names them. */
 enum event {
-	EVENT_NO_ENDPOINT,     /* rejected */
-	EVENT_NO_SUCH_PORT,    /* rejected */
-	EVENT_BACKEND_GONE,    /* rejected: of an established connection */
-	EVENT_NO_LOCAL,	       /* dropped: policy Local, endpoints on other nodes only */
-	EVENT_SOURCE_RANGE,    /* dropped: loadBalancerSourceRanges */
-	EVENT_NO_SUCH_SERVICE, /* dropped: in a Service CIDR */
-	EVENT_FRAGMENT,	       /* dropped: its first fragment was not seen */
-	EVENT_PORTS_TAKEN,     /* dropped: no source port left for masquerading */
-	EVENT_TABLE_FULL,      /* dropped: no room for the flow */
-	EVENT_UNROUTABLE,      /* dropped: no way from this host to the backend */
-	EVENT_HOPS,	       /* dropped: it has made too many */
-	EVENT_REWRITE,	       /* dropped: the kernel could not change the packet */
-	EVENT_MARTIAN,	       /* passed: a source that no client can have */
-	EVENT_MALFORMED,       /* passed: headers cut short or nonsense */
-	EVENT_FLOWS_MADE,      /* conntrack entries inserted */
-	EVENT_FLOWS_ENDED,     /* conntrack entries deleted by programs */
+	EVENT_NO_ENDPOINT,	 /* rejected */
+	EVENT_NO_SUCH_PORT,	 /* rejected */
+	EVENT_BACKEND_GONE,	 /* rejected: of an established connection */
+	EVENT_NO_LOCAL_ENDPOINT, /* dropped: policy Local, endpoints on other nodes only */
+	EVENT_SOURCE_RANGE,	 /* dropped: loadBalancerSourceRanges */
+	EVENT_NO_SUCH_SERVICE,	 /* dropped: in a Service CIDR */
+	EVENT_FRAGMENT,		 /* dropped: its first fragment was not seen */
+	EVENT_PORTS_TAKEN,	 /* dropped: no source port left for masquerading */
+	EVENT_TABLE_FULL,	 /* dropped: no room for the flow */
+	EVENT_UNROUTABLE,	 /* dropped: no route from this host to the backend */
+	EVENT_HOPS,		 /* dropped: it has made too many */
+	EVENT_REWRITE,		 /* dropped: the kernel could not change the packet */
+	EVENT_MARTIAN,		 /* passed: a source that no client can have */
+	EVENT_MALFORMED,	 /* passed: headers cut short or nonsense */
+	EVENT_FLOWS_MADE,	 /* conntrack entries inserted */
+	EVENT_FLOWS_ENDED,	 /* conntrack entries deleted by programs */
 	EVENT_SOCKETS_FULL, /* passed: no room for a socket of datagrams, packets are translated */
 	EVENT_NO_FLOW,	    /* rejected: of a connection that is not known, and opens none */
 	EVENT_XDP,	    /* forwarded at XDP */
@@ -64,7 +64,7 @@ static __always_inline int rejection(enum event event)
 	return REJECTION + event;
 }
 
-/* It is rejected as too big for its way, which is no event: its sender sends it again. */
+/* It is rejected as too big for its path, which is no event: its sender sends it again. */
 #define TOO_BIG (REJECTION + 0x80)
 
 /* From DROPPING on it is to be dropped, for the event that is added: finish() counts that. */

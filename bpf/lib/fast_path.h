@@ -90,7 +90,7 @@ static __always_inline bool find_established(struct scratch *s)
 	bool is_usual;
 
 	in_map = conntrack_read(&p->flow, nat);
-	if (!in_map || !is_still(in_map, nat))
+	if (!in_map || !is_same_entry(in_map, nat))
 		return false;
 	is_usual = is_established(s, &p->flow, nat);
 	if (!is_usual || p->tcp_flags & (TCP_FIN | TCP_RST)) {
@@ -107,7 +107,7 @@ static __always_inline bool find_established(struct scratch *s)
 }
 
 /* Finds it in the flow cache. */
-static __always_inline bool find_cached(struct scratch *s)
+static __always_inline bool find_cached_entry(struct scratch *s)
 {
 	const struct packet *p = &s->packet;
 	const struct nat *nat = &s->entry;
@@ -122,8 +122,8 @@ static __always_inline bool find_cached(struct scratch *s)
 }
 
 /* Translates a packet, and sets @verdict; returns false for one that is not for this path. */
-static __always_inline bool takes_fast_path(struct __sk_buff *skb, const enum stage stage,
-					    int *verdict)
+static __always_inline bool try_fast_path(struct __sk_buff *skb, const enum stage stage,
+					  int *verdict)
 {
 	const u32 protocol = skb->protocol;
 	bool is_plain;
@@ -147,7 +147,7 @@ static __always_inline bool takes_fast_path(struct __sk_buff *skb, const enum st
 		return false;
 	/* The verifier knows nothing of the packet from here on. */
 	asm volatile("" ::: "memory");
-	if (find_cached(s)) {
+	if (find_cached_entry(s)) {
 		/* For flows with few packets the writer would not be in the CPU's caches. */
 		if (may_write_in_place(p))
 			tail_call(skb, MAP(writers), 0);

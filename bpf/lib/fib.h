@@ -56,9 +56,9 @@ static __always_inline enum fib_result fib_result_of(void *ctx, u32 ifindex,
 	}
 }
 
-static __always_inline bool leads_out(enum fib_result way)
+static __always_inline bool leads_out(enum fib_result route)
 {
-	return way <= FIB_MTU_EXCEEDED;
+	return route <= FIB_MTU_EXCEEDED;
 }
 
 #endif

@@ -41,8 +41,8 @@ static __always_inline bool must_masquerade(const struct scratch *s, const struc
 
 	if (masquerades_all(svc) || addr_equal(&p->flow.src, &backend->addr))
 		return true;
-	if (s->place == PLACE_THIS_NODE ||
-	    (s->place == PLACE_OTHER_NODE && svc->kind == KIND_CLUSTER_IP))
+	if (s->client_location == POD_OF_THIS_NODE ||
+	    (s->client_location == POD_OF_OTHER_NODE && svc->kind == KIND_CLUSTER_IP))
 		return false;
 	return svc->kind == KIND_CLUSTER_IP || !(svc->flags & SERVICE_LOCAL);
 }
@@ -137,10 +137,11 @@ static __always_inline enum insert insert_reply(struct scratch *s)
 }
 
 /*
- * Inserts the Service pair of a packet's flow, the reply direction first: without it a packet would
- * have no way back. @s->nat is the original direction's entry, before and after the call; then with
- * the port that the backend will see. A port of ours is taken where another flow has the key of the
- * reply (the client reaches the same backend through another frontend from this port), and with
+ * Inserts the Service pair of a packet's flow, the reply direction first: without it a reply
+ * would not be translated. @s->nat is the original direction's entry, before and after the call;
+ * then with the port that the backend will see. A port of ours is taken where another flow has the
+ * key of the reply (the client reaches the same backend through another frontend from this port),
+ * and with
  * @fresh.
  */
 static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scratch *s,
@@ -180,51 +181,52 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 				   const struct service *svc)
 {
 	struct bpf_fib_lookup fib;
-	enum fib_result way;
+	enum fib_result route;
 
 	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
 		return drop(EVENT_SOURCE_RANGE);
-	if (may_arrive(p))
+	if (may_be_migrating(p))
 		return drop(EVENT_NO_FLOW);
 	if (!is_cluster_ip(&p->flow.dst)) {
-		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &p->flow.dst, 0, &fib);
+		route = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &p->flow.dst, 0, &fib);
 		/* Without a device the packet is not routed on. */
-		if (way == FIB_LOCAL || (way == FIB_OUT && !fib.ifindex))
+		if (route == FIB_LOCAL || (route == FIB_OUT && !fib.ifindex))
 			return PASS;
 	}
 	return rejection(EVENT_NO_FLOW);
 }
 
 /*
- * Finds out if the backend of a new flow is to see the client's address, and leaves in @s what it
- * sees else. A flow that is forwarded from here has that in its one pair.
+ * Finds out if the backend of a new flow is to see the client's address, and otherwise leaves in @s
+ * what it sees. A flow that is forwarded from here has that in its one pair.
  */
 static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s,
 					const struct packet *p, const struct backend *backend)
 {
 	/* What is not forwarded from here the kernel itself finds too big. */
 	const u16 size = BYPASS_NETFILTER || FORWARDS_AT_XDP || DSR_SENDS ? s->mtu : 0;
-	enum dsr_way dsr = DSR_NONE;
+	enum dsr_mode dsr = DSR_NONE;
 	struct bpf_fib_lookup fib;
-	enum fib_result way;
+	enum fib_result route;
 
 	s->begun.is_masked = false;
 	s->begun.is_fresh = is_port_taken(&p->flow);
 	if (must_masquerade(s, p, backend)) {
-		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, size, &fib);
-		if (way == FIB_MTU_EXCEEDED)
+		route = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, size,
+				      &fib);
+		if (route == FIB_MTU_EXCEEDED)
 			fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, 0, &fib);
-		if (is_thrown(skb, &p->flow.src, &backend->addr, way, &fib))
-			way = FIB_OUT;
-		s->begun.is_masked =
-			leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &s->begun.node);
+		if (is_thrown(skb, &p->flow.src, &backend->addr, route, &fib))
+			route = FIB_OUT;
+		s->begun.is_masked = leads_out(route) &&
+				     masquerade_address(fib.ifindex, p->is_v4, &s->begun.node);
 		if (DSR_SENDS && s->begun.is_masked && !s->begun.is_fresh)
-			dsr = dsr_way_of(skb, s, p, backend, way, &fib);
+			dsr = dsr_mode_of(skb, s, p, backend, route, &fib);
 		if (dsr != DSR_NONE) {
 			s->begun.is_masked = false;
 			if (dsr == DSR_DIRECTLY)
 				start_dsr(s, p);
-		} else if (s->begun.is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex &&
+		} else if (s->begun.is_masked && route != FIB_MTU_EXCEEDED && fib.ifindex &&
 			   p->hops > 1 &&
 			   (BYPASS_NETFILTER ||
 			    (FORWARDS_AT_XDP && is_for_xdp(ifindex_of(skb), fib.ifindex, p)))) {
@@ -236,7 +238,7 @@ static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s
 	if (s->has_rules && !(s->nat.flags & NAT_BYPASS) &&
 	    is_routed_by_source(skb, &p->flow.src, &p->flow.dst, &backend->addr))
 		s->nat.flags |= NAT_ROUTED;
-	/* The verifier walks on from here once, and not once for each way. */
+	/* The verifier walks on from here once, and not once for each result. */
 	asm volatile("" ::: "memory");
 }
 
@@ -257,9 +259,9 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	if (!s || defer_to_kube_proxy(p))
 		return PASS;
 	if (is_of_interest)
-		find_place(skb, s, p);
+		locate_client(skb, s, p);
 	svc = is_of_interest ? find_service(&to) : NULL;
-	if (svc && svc->flags & SERVICE_TWO_SCOPES && s->place != PLACE_THIS_NODE)
+	if (svc && svc->flags & SERVICE_TWO_SCOPES && s->client_location != POD_OF_THIS_NODE)
 		svc = outside_service(svc, &to);
 	if (!svc && is_of_interest && is_redirected(&p->flow, &to)) {
 		svc = redirected_service(&to);
@@ -312,16 +314,16 @@ static __always_inline bool host_address(struct __sk_buff *skb, const struct pac
 	 */
 	const struct inet_addr *from = is_martian(src) || addr_is_link_local6(src) ? node : src;
 	struct bpf_fib_lookup fib;
-	enum fib_result way;
+	enum fib_result route;
 
-	way = fib_result_of(skb, ifindex_of(skb), from, &backend->addr, 0, &fib);
-	if (is_thrown(skb, from, &backend->addr, way, &fib))
-		way = FIB_OUT;
-	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL) {
+	route = fib_result_of(skb, ifindex_of(skb), from, &backend->addr, 0, &fib);
+	if (is_thrown(skb, from, &backend->addr, route, &fib))
+		route = FIB_OUT;
+	if (NODEPORTS_ON_LOOPBACK && route == FIB_LOCAL) {
 		*node = backend->addr;
 		return true;
 	}
-	return leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, node);
+	return leads_out(route) && masquerade_address(fib.ifindex, p->is_v4, node);
 }
 
 /* Says if the sending socket is bound to a device. */

@@ -16,9 +16,9 @@
  * While a flow is in its slot, its sequence numbers are there, and those in conntrack are older.
  * Whoever reads the entry from conntrack takes them out of the slot (flow_cache_take()), and that
  * ends the copy: the fast path does so at each of a flow's packets that it does not translate by
- * the copy. Fragments and packets with IP options have a way past it, and what XDP leaves to tc
+ * the copy. Fragments and packets with IP options pass it by, and what XDP leaves to tc
  * where that has no fast path; the numbers of these may be overwritten by older ones from the slot.
- * A RST or FIN takes the other direction's numbers from there, whichever way it comes. A slot that
+ * A RST or FIN takes the other direction's numbers from there, whichever path it takes. A slot that
  * another flow used within the last second is left to it; from one that is idle the numbers go back
  * to conntrack.
  *
@@ -40,22 +40,21 @@
 #include "filter.h"
 #include "options.h"
 
-/* So long a copy is good for. */
+/* A copy is good for this long. */
 #define FLOW_CACHE_NS (NSEC_PER_SEC / 4)
 /*
  * A flow comes in when it has lasted a second, and a packet follows so soon after the one that
  * conntrack has noted as the first of its second: a flow with few packets would be copied for each.
  */
 #define FLOW_CACHE_GAP_NS (NSEC_PER_SEC / 16)
-/* So long after it was filled a slot may become valid: no CPU keeps what it stores to itself as
- * long. */
-#define FLOW_CACHE_WAIT_NS (20 * 1000000ULL)
+/* A slot may become valid this long after it was filled: no CPU keeps a store to itself as long. */
+#define FLOW_CACHE_WAIT_NS (20 * NSEC_PER_MSEC)
 
-/* Flows are in groups by their ports, of which so many bits of a hash tell. */
+/* Flows are in groups by this many bits of a hash of their ports. */
 #define FLOW_GROUP_BITS 10
 /*
- * So long after the slot of one of them was filled or renewed a group counts as having one that is
- * good. It may be good, or become so again, for half of that; the rest is for a CPU that is late.
+ * A group counts as having a slot that is good for this long after one was filled or renewed. That
+ * one may be good, or become so again, for half of it; the rest is for a CPU that is late.
  */
 #define FLOW_GROUP_NS NSEC_PER_SEC
 /* No group's time is further ahead, of 2^32: one that is has passed long ago. */

@@ -150,13 +150,13 @@ static __always_inline struct backend *backend_for(const struct packet *p, struc
 	if (needs_client_key(svc))
 		set_client(&s->client, p);
 	switch (choose(svc, &s->client, id, &backend)) {
-	case VERDICT_TRANSLATE:
+	case CHOICE_BACKEND:
 		return backend;
-	case VERDICT_REFUSE:
+	case CHOICE_REFUSE:
 		*verdict = rejection(EVENT_NO_ENDPOINT);
 		return NULL;
 	default:
-		*verdict = drop(EVENT_NO_LOCAL);
+		*verdict = drop(EVENT_NO_LOCAL_ENDPOINT);
 		return NULL;
 	}
 }

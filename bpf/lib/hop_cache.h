@@ -2,7 +2,7 @@
 /*
  * Where XDP sends packets of flows that are in the flow cache: what the look-ups of the route, the
  * next hop and the devices have found. It is good for a tenth of a second, so that packets go the
- * former way for no longer than that after a route, a next hop or a device has changed.
+ * former path for no longer than that after a route, a next hop or a device has changed.
  *
  * An element of flow_hops belongs to the slot with its number. Its sum has that of the slot in it:
  * so it is of the same flow, and of the same copy of its entry.

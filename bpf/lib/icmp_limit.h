@@ -16,9 +16,9 @@
 #include "compat.h"
 #include "maps.h"
 
-#define ICMP_INTERVAL (1000000000ULL / 1000) /* ns from one token to the next */
+#define ICMP_INTERVAL NSEC_PER_MSEC /* ns from one token to the next: 1000 a second */
 #define ICMP_BURST    50
-/* So many times another CPU may be faster. */
+/* Another CPU may be faster this many times. */
 #define ICMP_TRIES 4
 
 /*

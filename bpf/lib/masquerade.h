@@ -13,7 +13,7 @@
 #include "timeout.h"
 
 #define MASQUERADE_RANGE (MASQUERADE_LAST - MASQUERADE_FIRST + 1)
-/* So many ports are looked at for one that no flow has, and so many of those for sockets. */
+/* This many ports are tried for one that no flow has, and this many of those for sockets. */
 #define FLOW_TRIES   12
 #define SOCKET_TRIES 4
 /* Tries are spread over the range, since taken ports come in rows. */
@@ -142,7 +142,7 @@ static __always_inline enum insert insert_with_port(struct scratch *s)
 {
 	struct nat *closed = conntrack_lookup(&s->key);
 
-	if (closed && (!is_closed(closed) || !claim(closed) ||
+	if (closed && (!is_closed(closed) || !claim_entry(closed) ||
 		       conntrack_lookup(&s->key) != closed || !is_closed(closed)))
 		return INSERT_TAKEN;
 	return conntrack_put(s, closed);

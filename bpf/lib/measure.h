@@ -108,21 +108,21 @@ static __always_inline struct traffic *traffic_of(u32 service_id)
 }
 
 /*
- * Adds what went from clients to a Service's backends (0), or back (1). Programs of sockets can be
- * preempted by those of packets, which then add to the same.
+ * Adds what went in one @direction: from clients to a Service's backends (0), or back (1). Programs
+ * of sockets can be preempted by those of packets, which then add to the same.
  */
-static __always_inline void measure_traffic(u32 service_id, u64 way, u64 bytes, u64 packets)
+static __always_inline void measure_traffic(u32 service_id, u64 direction, u64 bytes, u64 packets)
 {
 	struct traffic *found = traffic_of(service_id);
 
 	if (!found)
 		return;
-	way &= 1;
-	barrier_var(way);
-	if (way > 1)
+	direction &= 1;
+	barrier_var(direction);
+	if (direction > 1)
 		return;
-	__sync_fetch_and_add(&found->bytes[way], bytes);
-	__sync_fetch_and_add(&found->packets[way], packets);
+	__sync_fetch_and_add(&found->bytes[direction], bytes);
+	__sync_fetch_and_add(&found->packets[direction], packets);
 }
 
 #endif

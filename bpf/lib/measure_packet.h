@@ -51,7 +51,7 @@ static __always_inline int measure_translated(struct __sk_buff *skb, const struc
 	*kept = verdict;
 	measure_packet(p);
 	if (MEASURE_TRAFFIC && *kept < DROPPING) {
-		/* clang would else read either length with one instruction. */
+		/* clang would otherwise read either length with one instruction. */
 		barrier_var(length);
 		/* A short frame has padding. IP's header of several segments may have no length. */
 		if (!segments)

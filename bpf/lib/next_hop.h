@@ -13,7 +13,7 @@
 #include "maps.h"
 
 #define NEXT_HOP_BITS 10
-#define NEXT_HOP_NS   (4 * 1000000000ULL)
+#define NEXT_HOP_NS   (4 * NSEC_PER_SEC)
 
 /* Returns when the kernel last sent to the next hop in @fib: CLOCK_MONOTONIC, ns. */
 static __always_inline u64 *next_hop_of(const struct bpf_fib_lookup *fib)

@@ -8,9 +8,9 @@
 #define DEVICE_LOCAL (1 << 1) /* no uplink and no tunnel */
 
 /* Flags of entry 0, which is no device but the node. */
-#define HANDOVER_MODE (1 << 2) /* TCP connections that began elsewhere are netfilter's */
-#define NO_NEW_FLOWS  (1 << 3) /* no flow begins here: known ones are followed */
-#define FLOWS_ARRIVE  (1 << 7) /* flows of other maps are still being copied to these */
+#define HANDOVER_MODE	(1 << 2) /* TCP connections that began elsewhere are netfilter's */
+#define NO_NEW_FLOWS	(1 << 3) /* packets of known flows are translated; no flow is created */
+#define MIGRATING_FLOWS (1 << 7) /* flows of other maps are still being copied to these */
 
 /*
  * Packets pass a bridge in addition to its ports, and a macvlan in addition to the device below it

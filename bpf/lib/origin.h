@@ -178,7 +178,7 @@ static __always_inline bool overflow_forget(struct origin *slot, u64 cookie)
 	if (!known)
 		return false;
 	backend_id = known->peer.backend_id;
-	/* A closed socket is counted no more. */
+	/* A closed socket is no longer counted. */
 	if (__sync_val_compare_and_swap(&known->key, key, origin_key(cookie, ORIGIN_RESERVED)) !=
 	    key)
 		return false;

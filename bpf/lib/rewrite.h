@@ -121,7 +121,7 @@ static __always_inline int replace_transport_check(struct __sk_buff *skb, const 
 /*
  * Says if the transport checksum is finished, of a packet that is plain. For CHECKSUM_PARTIAL its
  * field has the sum of the pseudo-header (RFC 9293, 3.1), of which @sum is that of the addresses. A
- * finished one may have the same value by chance; then it takes the longer way.
+ * finished one may have the same value by chance; then it takes the slow path.
  */
 static __always_inline bool is_check_finished(const struct packet *p, u64 sum)
 {

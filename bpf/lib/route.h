@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Sending a packet on its way from a tc program. */
+/* Sending a packet on from a tc program, by its route. */
 #ifndef EBPFPROXY_ROUTE_H
 #define EBPFPROXY_ROUTE_H
 
@@ -30,7 +30,7 @@ static __always_inline bool add_link_header(struct __sk_buff *skb)
 
 /*
  * Delivers a packet to this host as if the host had sent it to itself. redirect_neigh() attaches a
- * route, so that the source is not checked: by any other way a packet with a loopback address, or
+ * route, so that the source is not checked: by any other route a packet with a loopback address, or
  * one of this host's own, as its source is a martian.
  */
 static __always_inline int send_to_self(struct __sk_buff *skb)
@@ -83,28 +83,29 @@ static __always_inline int send_to_neighbour(struct __sk_buff *skb,
 #endif
 
 /*
- * Says if a lookup that found @way ended at a throw route of IPv6: the kernel itself goes on with
- * the next rule there, its helper does not (fib6_rule_action_alt() of the kernel). Sets @fib as
- * those rules do that do not name the device where the packet came in, which such tables are for.
+ * Says if a lookup with the result @route ended at a throw route of IPv6: the kernel itself goes on
+ * with the next rule there, its helper does not (fib6_rule_action_alt() of the kernel). Sets @fib
+ * as those rules do that do not name the device where the packet came in, which such tables are
+ * for.
  */
 static __always_inline bool is_thrown(struct __sk_buff *skb, const struct inet_addr *from,
-				      const struct inet_addr *to, enum fib_result way,
+				      const struct inet_addr *to, enum fib_result route,
 				      struct bpf_fib_lookup *fib)
 {
-	if (way != FIB_LOCAL || addr_is_v4(to) || addr_is_this_node(to))
+	if (route != FIB_LOCAL || addr_is_v4(to) || addr_is_this_node(to))
 		return false;
 	return leads_out(fib_result_of(skb, LOOPBACK_IFINDEX, from, to, 0, fib));
 }
 
 /* Sends a packet out by the route in @fib. */
-static __always_inline int send_by(struct __sk_buff *skb, enum fib_result way,
+static __always_inline int send_by(struct __sk_buff *skb, enum fib_result route,
 				   const struct bpf_fib_lookup *fib)
 {
 #if L3_OFFSET == ETH_HLEN
-	if (way == FIB_NEIGHBOUR && has_link_addresses(fib))
+	if (route == FIB_NEIGHBOUR && has_link_addresses(fib))
 		return send_to_neighbour(skb, fib);
 #endif
-	(void)way;
+	(void)route;
 	if (!add_link_header(skb))
 		return drop(EVENT_REWRITE);
 	return redirect_neigh(fib->ifindex, NULL, 0, 0);
@@ -115,15 +116,15 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 				    const struct inet_addr *to)
 {
 	struct bpf_fib_lookup fib;
-	enum fib_result way = fib_result_of(skb, ifindex_of(skb), from, to, 0, &fib);
+	enum fib_result route = fib_result_of(skb, ifindex_of(skb), from, to, 0, &fib);
 
-	if (is_thrown(skb, from, to, way, &fib))
-		way = FIB_OUT;
-	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
+	if (is_thrown(skb, from, to, route, &fib))
+		route = FIB_OUT;
+	if (NODEPORTS_ON_LOOPBACK && route == FIB_LOCAL)
 		return send_to_self(skb);
-	if (!leads_out(way) || !fib.ifindex)
+	if (!leads_out(route) || !fib.ifindex)
 		return drop(EVENT_UNROUTABLE);
-	return send_by(skb, way, &fib);
+	return send_by(skb, route, &fib);
 }
 
 /*
@@ -132,10 +133,10 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
  */
 static __always_inline u32 device_towards(struct __sk_buff *skb, u32 ifindex,
 					  const struct inet_addr *from, const struct inet_addr *to,
-					  enum fib_result *way, struct bpf_fib_lookup *fib)
+					  enum fib_result *route, struct bpf_fib_lookup *fib)
 {
-	*way = fib_result_of(skb, ifindex, from, to, 0, fib);
-	return leads_out(*way) ? fib->ifindex : 0;
+	*route = fib_result_of(skb, ifindex, from, to, 0, fib);
+	return leads_out(*route) ? fib->ifindex : 0;
 }
 
 /*
@@ -148,22 +149,22 @@ static __always_inline bool is_routed_by_source(struct __sk_buff *skb,
 						const struct inet_addr *backend)
 {
 	struct bpf_fib_lookup fib;
-	enum fib_result way;
+	enum fib_result route;
 	u32 in, out, better;
 
-	in = device_towards(skb, ifindex_of(skb), client, backend, &way, &fib);
-	if (way == FIB_LOCAL)
+	in = device_towards(skb, ifindex_of(skb), client, backend, &route, &fib);
+	if (route == FIB_LOCAL)
 		in = LOOPBACK_IFINDEX;
 	if (!in)
 		return false;
-	out = device_towards(skb, in, backend, client, &way, &fib);
-	better = device_towards(skb, in, frontend, client, &way, &fib);
+	out = device_towards(skb, in, backend, client, &route, &fib);
+	better = device_towards(skb, in, frontend, client, &route, &fib);
 	return out && better && out != better;
 }
 
 /*
  * Sends a reply by the device that its new source leads to. The kernel has routed it by the old
- * one: the network beyond that device may not take the frontend's address, or know no way back.
+ * one: the network beyond that device may not take the frontend's address, or know no route back.
  * With netfilter's NAT it is the same, and administrators mark connections by their first packet's
  * destination (CONNMARK) to get another route; but here a frontend is a backend by then. Where such
  * a mark, which programs do not see, has chosen this device, the packet leaves as it is.
@@ -173,14 +174,15 @@ static __always_inline int reroute(struct __sk_buff *skb, const struct packet *p
 {
 	const u32 here = ifindex_of(skb), in = skb->ingress_ifindex;
 	struct bpf_fib_lookup fib;
-	enum fib_result way;
+	enum fib_result route;
 	u32 better;
 
-	if (device_towards(skb, in ? in : LOOPBACK_IFINDEX, &p->flow.src, &p->flow.dst, &way,
+	if (device_towards(skb, in ? in : LOOPBACK_IFINDEX, &p->flow.src, &p->flow.dst, &route,
 			   &fib) != here)
 		return PASS;
-	better = device_towards(skb, in ? in : LOOPBACK_IFINDEX, &nat->src, &nat->dst, &way, &fib);
-	return better && better != here ? send_by(skb, way, &fib) : PASS;
+	better =
+		device_towards(skb, in ? in : LOOPBACK_IFINDEX, &nat->src, &nat->dst, &route, &fib);
+	return better && better != here ? send_by(skb, route, &fib) : PASS;
 }
 
 /*
@@ -200,15 +202,15 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 	(void)skb;
 #else
 	struct bpf_fib_lookup fib;
-	enum fib_result way;
+	enum fib_result route;
 
 	/* It is an address of the device where the packet has come in. */
 	if (addr_is_link_local6(&nat->dst))
 		return PASS;
-	way = fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib);
-	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
+	route = fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib);
+	if (NODEPORTS_ON_LOOPBACK && route == FIB_LOCAL)
 		return send_to_self(skb);
-	if (way == FIB_NEIGHBOUR && fib.ifindex != ifindex_of(skb)) {
+	if (route == FIB_NEIGHBOUR && fib.ifindex != ifindex_of(skb)) {
 		const u16 protocol = skb->protocol;
 		u8 header[ETH_HLEN];
 

@@ -32,10 +32,10 @@ struct scratch {
 	struct nat other; /* a copy of an entry that is not the packet's */
 	struct service service;
 	struct client client;
-	u8 place;     /* the client's: enum place in device.h */
-	u8 has_rules; /* this node routes by sources, too */
-	u16 mtu;      /* of the device by which the packet came in */
-	u32 is_known; /* see insert_source() */
+	u8 client_location; /* enum client_location in device.h */
+	u8 has_rules;	    /* this node routes by sources, too */
+	u16 mtu;	    /* of the device by which the packet came in */
+	u32 is_known;	    /* see insert_source() */
 	struct {
 		u32 service_id;
 		u32 backend_id;

@@ -22,10 +22,11 @@ struct target {
 	u8 proto;
 };
 
-enum verdict {
-	VERDICT_TRANSLATE,
-	VERDICT_REFUSE, /* no endpoint anywhere: the client is told at once */
-	VERDICT_DROP,	/* policy Local, endpoints on other nodes only */
+/* A backend was found, or how a client learns that there is none. */
+enum choice {
+	CHOICE_BACKEND,
+	CHOICE_REFUSE, /* no endpoint anywhere: the client is told at once */
+	CHOICE_DROP,   /* policy Local, endpoints on other nodes only */
 };
 
 /* Returns how a key ends, as it lies in memory. */
@@ -135,11 +136,11 @@ static __always_inline u64 *choices_of(u32 service_id)
 	return map_at(service_choices, at);
 }
 
-static __always_inline void count_service(u32 service_id, enum verdict verdict)
+static __always_inline void count_service(u32 service_id, enum choice choice)
 {
 	struct rejections *rejections;
 
-	if (verdict == VERDICT_TRANSLATE) {
+	if (choice == CHOICE_BACKEND) {
 		u64 *choices = choices_of(service_id);
 
 		if (choices)
@@ -149,7 +150,7 @@ static __always_inline void count_service(u32 service_id, enum verdict verdict)
 	rejections = map_at(service_rejections, service_id);
 	if (!rejections)
 		return;
-	if (verdict == VERDICT_REFUSE)
+	if (choice == CHOICE_REFUSE)
 		__sync_fetch_and_add(&rejections->refused, 1);
 	else
 		__sync_fetch_and_add(&rejections->dropped, 1);
@@ -160,10 +161,10 @@ static __always_inline void count_service(u32 service_id, enum verdict verdict)
  * range of a connection's choice, if it is known: where it is RANGE_OF_BACKENDS one look-up is
  * enough. @client is filled in where needs_client_key(@svc).
  */
-static __always_inline enum verdict service_choose(const struct service *svc,
-						   const union selection *cached,
-						   const struct chooser *who, struct client *client,
-						   u32 *backend_id, struct backend **backend)
+static __always_inline enum choice service_choose(const struct service *svc,
+						  const union selection *cached,
+						  const struct chooser *who, struct client *client,
+						  u32 *backend_id, struct backend **backend)
 {
 	enum policy policy = policy_of(svc);
 	u32 selection = selection_index(svc, policy);
@@ -177,8 +178,8 @@ static __always_inline enum verdict service_choose(const struct service *svc,
 	if (!range.count) {
 		if (policy == POLICY_LOCAL &&
 		    selection_of(selection_index(svc, POLICY_CLUSTER)).count)
-			return VERDICT_DROP;
-		return VERDICT_REFUSE;
+			return CHOICE_DROP;
+		return CHOICE_REFUSE;
 	}
 	if (TRACE_DECISIONS)
 		client->keeps_backend = true;
@@ -191,25 +192,25 @@ static __always_inline enum verdict service_choose(const struct service *svc,
 		} else {
 			slot = map_at(slots, at);
 			if (!slot)
-				return VERDICT_REFUSE;
+				return CHOICE_REFUSE;
 			*backend_id = slot->backend_id;
 		}
 		if (svc->affinity_seconds)
 			affinity_remember(svc, selection, client, backend_id);
 	}
 	*backend = backend_of(*backend_id);
-	return *backend ? VERDICT_TRANSLATE : VERDICT_REFUSE;
+	return *backend ? CHOICE_BACKEND : CHOICE_REFUSE;
 }
 
 /* Chooses a backend, and counts that for the Service; for the backend counts what is made of it. */
-static __always_inline enum verdict choose(const struct service *svc, struct client *client,
-					   u32 *backend_id, struct backend **backend)
+static __always_inline enum choice choose(const struct service *svc, struct client *client,
+					  u32 *backend_id, struct backend **backend)
 {
 	const struct chooser packet = { .socket = 0 };
-	enum verdict verdict = service_choose(svc, NULL, &packet, client, backend_id, backend);
+	enum choice choice = service_choose(svc, NULL, &packet, client, backend_id, backend);
 
-	count_service(svc->id, verdict);
-	return verdict;
+	count_service(svc->id, choice);
+	return choice;
 }
 
 /* Says if this is a cluster IP: only its Service's ports are served. */

@@ -117,7 +117,7 @@ struct frontend_line {
  * slots have successive ids, as those of endpoints that came together do, they need not be read.
  */
 #define RANGE_OF_BACKENDS (1U << 31)
-/* So many slots at most are compared for that. */
+/* At most this many slots are compared for that. */
 #define SUCCESSIVE_SLOTS 16
 
 /* What cache_frontend() in records.c gets: as many as a packet has room for. */
@@ -209,8 +209,9 @@ struct affinity {
  * same words. A datagram of an unconnected socket costs a CPU the line if another one has written
  * to it last, as the receiver's queue does.
  *
- * Programs count up. What they cannot know (a flow that ended without a packet, sockets carried
- * over from other maps) is in the words that only the agent writes. Words of 32 bits wrap.
+ * Programs count up. What they cannot know (flows that ended without a packet) is in the word that
+ * only the agent writes. Agents of earlier versions wrote sockets_carried, too. Words of 32 bits
+ * wrap.
  */
 struct backend {
 	struct inet_addr addr;

@@ -99,10 +99,10 @@ static __always_inline bool is_to_peer(struct bpf_sock_addr *ctx, const struct t
 	return addr_equal(&peer, &to->addr);
 }
 
-static __always_inline int reject(enum verdict verdict)
+static __always_inline int reject_call(enum choice choice)
 {
 	if (HAVE_SET_RETVAL)
-		bpf_set_retval(verdict == VERDICT_REFUSE ? -ECONNREFUSED : -EHOSTUNREACH);
+		bpf_set_retval(choice == CHOICE_REFUSE ? -ECONNREFUSED : -EHOSTUNREACH);
 	return REJECT;
 }
 

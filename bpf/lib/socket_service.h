@@ -57,8 +57,8 @@ static __always_inline bool find_service_copy(struct bpf_sock_addr *ctx, const s
 }
 
 /* Finds the Service that a socket sends to. sendmsg() has no room left on its stack for a copy. */
-static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
-						    const struct target *to)
+static __always_inline struct service *find_socket_service(struct bpf_sock_addr *ctx,
+							   const struct target *to)
 {
 	struct service *svc;
 

@@ -83,7 +83,7 @@ struct redirect {
 
 /*
  * service_choices has so many rows, each with a u64 for every service id. Neighbouring CPUs share a
- * row: a Service that every CPU uses all the time would else have one cache line that wanders
+ * row: a Service that every CPU uses all the time would otherwise have one cache line that wanders
  * between all of them. A row for each CPU would take 64 MB on a machine with 128 of them.
  */
 #define CHOICE_ROWS 16

@@ -52,7 +52,7 @@ static __always_inline u64 is_half_open(const struct flow *flow, const struct na
 }
 
 /* Returns the later of two sequence numbers. One that is far away belongs to a new connection. */
-static __always_inline u32 later(u32 known, u32 seen)
+static __always_inline u32 later_sequence(u32 known, u32 seen)
 {
 	return known && known - seen <= TCP_WINDOW ? known : seen;
 }
@@ -67,8 +67,8 @@ static __always_inline void note_sequence(const struct packet *p, struct nat *na
 	u32 end = p->seq_end, acked = p->tcp_flags & TCP_ACK ? p->ack : 0;
 
 	if (!(p->tcp_flags & TCP_SYN)) {
-		end = later(known->end, end);
-		acked = acked ? later(known->acked, acked) : known->acked;
+		end = later_sequence(known->end, end);
+		acked = acked ? later_sequence(known->acked, acked) : known->acked;
 	} else if (!acked && known->end == end) {
 		/* The SYN is late or sent again: what was acknowledged since then still is. */
 		acked = known->acked;

@@ -59,7 +59,7 @@ static __always_inline int no_service(struct __sk_buff *skb, const struct packet
 	if (p->flow.stage == STAGE_EGRESS)
 		return drop_unallocated(skb, p);
 	/* The host would reset a connection that is masqueraded. */
-	return is_masquerade_port(p->flow.dport) && may_arrive(p) &&
+	return is_masquerade_port(p->flow.dport) && may_be_migrating(p) &&
 			       may_be_backend(&p->flow.src, p->flow.sport)
 		       ? drop(EVENT_NO_FLOW)
 		       : PASS;

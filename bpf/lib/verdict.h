@@ -52,7 +52,7 @@ static __always_inline bool is_stale(const struct packet *p, const struct nat *n
 	if ((opens || service_protocol(flow->proto) == IPPROTO_UDP) &&
 	    !is_owner(flow, nat->service_id))
 		return true;
-	if (is_still(in_map, nat))
+	if (is_same_entry(in_map, nat))
 		in_map->epoch = (u16)epoch;
 	return false;
 }

@@ -1,4 +1,1 @@
-"""The agent of one node: the reconciler, its background work, and the order in which both start and stop.
-
-May import every package but ``operator`` and ``cli``.
-"""
+"""The agent of one node: the reconciler, its background work, and the order in which both start and stop."""

@@ -14,7 +14,7 @@ class BackgroundRunner(Protocol):
     def __call__(self, work: Callable[[], R], then: Callable[[R], None], /) -> None: ...
 
 
-class HandOver(Protocol):
-    """Runs ``then`` in the reconciler; called by a worker, before the result of its work."""
+class ReconcilerCall(Protocol):
+    """Has the reconciler call ``what``. A worker's calls come before the result of its work."""
 
-    def __call__(self, then: Callable[[], None], /) -> None: ...
+    def __call__(self, what: Callable[[], None], /) -> None: ...

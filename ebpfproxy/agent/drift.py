@@ -35,7 +35,7 @@ _REST_SECONDS = 0.01
 _AGAIN_SECONDS = 0.5
 #: The pause after a comparison is so many times its CPU time, but no longer than this, whatever is set.
 _PAUSES, _MOST_SECONDS = 100, 8.0
-#: So many findings of a comparison are told in words; the others are counted.
+#: How many findings of a comparison are told in words; the others are counted.
 _TOLD = 40
 _EARLIER = 10
 
@@ -105,30 +105,40 @@ class DriftCheck:
         differences = self._checker.confirm(reading)
         # A device may have come or gone while it was looked at.
         programs = self._programs.drifted() if suspected else suspected
-        again = self._checker.is_unsettled
-        self._next = time.monotonic() + (_AGAIN_SECONDS if again else self._pause)
-        if again and asked is not None and not differences and not programs:
+        is_unsettled = self._checker.is_unsettled
+        self._next = time.monotonic() + (_AGAIN_SECONDS if is_unsettled else self._pause)
+        if is_unsettled and asked is not None and not differences and not programs:
             # Nobody gets an answer from it: it is made once more.
             return
+        total = len(differences) + sum(1 for _ in _of_programs(programs))
         repaired: list[Finding] = []
-        number = len(differences) + sum(1 for _ in _of_programs(programs))
         if asked is None or asked.repairs:
-            # An entry that has no room stays missing. What is read again soon leaves programs' cache alone.
-            found = repair(self._maps, differences) if differences or not again else []
-            done = dict.fromkeys(found)
-            repaired = self._told(done, programs)
-            if done or programs:
-                self._repaired(done, programs, repaired)
-            differences, programs = [each for each in differences if each not in done], ProgramDrift()
-            now = time.time()
-            self._earlier.extendleft(Repaired(now, each) for each in repaired[:_EARLIER])
+            done: list[Difference] = []
+            # What is read again soon leaves programs' cache alone.
+            if differences or not is_unsettled:
+                done = repair(self._maps, differences)
+            repaired = self._repair_programs(programs, done)
+            # An entry that has no room stays missing.
+            differences, programs = _without(differences, done), ProgramDrift()
         if asked is not None:
             self._asked.popleft()
-            findings = self._told(differences, programs)
-            more = number - len(findings) - len(repaired)
-            asked.answer(Report(tuple(findings), tuple(repaired), more, tuple(self._earlier)))
+            findings = self._findings(differences, programs)
+            untold = total - len(findings) - len(repaired)
+            asked.answer(Report(tuple(findings), tuple(repaired), untold, tuple(self._earlier)))
 
-    def _told(self, differences: Iterable[Difference], programs: ProgramDrift) -> list[Finding]:
+    def _repair_programs(self, programs: ProgramDrift, done: list[Difference]) -> list[Finding]:
+        """Repairs programs, and tells of that and of the entries that have been repaired."""
+        if not done and not programs:
+            return []
+        findings = self._findings(done, programs)
+        if programs:
+            self._programs.repair(programs)
+        self._report_repairs(done, programs, findings)
+        now = time.time()
+        self._earlier.extendleft(Repaired(now, each) for each in findings[:_EARLIER])
+        return findings
+
+    def _findings(self, differences: Iterable[Difference], programs: ProgramDrift) -> list[Finding]:
         if not differences and not programs:
             return []
         describer = Describer(self._maps, self._writer.names())
@@ -137,22 +147,24 @@ class DriftCheck:
             *islice(_of_programs(programs), _TOLD),
         ]
 
-    def _repaired(
+    def _report_repairs(
         self, differences: Iterable[Difference], programs: ProgramDrift, findings: list[Finding]
     ) -> None:
-        """Repairs programs, and tells of all that is repaired."""
-        if programs:
-            self._programs.repair(programs)
         counts = Counter((each.map, str(each.kind)) for each in differences)
         counts.update((each.where, each.kind) for each in _of_programs(programs))
         self._metrics.drifted(counts)
-        told = [f"{each.where}: {each.kind} {each.what}{_service(each)}" for each in findings[:3]]
+        first = [f"{each.where}: {each.kind} {each.what}{_service(each)}" for each in findings[:3]]
         log.warning(
             "repaired what somebody else has changed",
             entries={f"{where} {kind}": number for (where, kind), number in sorted(counts.items())},
-            first=told,
+            first=first,
         )
-        self._record(kube_events.drift_repaired(self._node, told, sum(counts.values())))
+        self._record(kube_events.drift_repaired(self._node, first, sum(counts.values())))
+
+
+def _without(differences: Iterable[Difference], done: Iterable[Difference]) -> list[Difference]:
+    repaired = frozenset(done)
+    return [each for each in differences if each not in repaired]
 
 
 def _service(finding: Finding) -> str:

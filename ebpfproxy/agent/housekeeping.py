@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ebpfproxy.agent.agent_options import AgentOptions
-from ebpfproxy.agent.background import BackgroundRunner, HandOver
+from ebpfproxy.agent.background import BackgroundRunner, ReconcilerCall
 from ebpfproxy.agent.forgotten_sockets import ForgottenSockets
 from ebpfproxy.agent.stale_sockets import Ended, end_stale_sockets, peers_of
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
@@ -44,6 +44,27 @@ _CACHING_SECONDS, _CACHING_SHARE = 1.0, 0.005
 _CACHING_AGAIN_SECONDS = 10.0
 
 
+class _Turns:
+    """When one kind of work has its turn: once at a time, and after pauses, in seconds."""
+
+    def __init__(self) -> None:
+        self._runs = False
+        self._not_before = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        return not self._runs and time.monotonic() >= self._not_before
+
+    def begin(self, pause: float = 0.0) -> None:
+        """The next turn is no earlier than ``pause`` from now, even if this one ends before."""
+        self._runs = True
+        self._not_before = time.monotonic() + pause
+
+    def end(self, pause: float = 0.0) -> None:
+        self._runs = False
+        self._not_before = max(self._not_before, time.monotonic() + pause)
+
+
 class Housekeeping:
     """Starts the work, and handles its results. The reconciler calls it."""
 
@@ -56,7 +77,7 @@ class Housekeeping:
         grace: Grace,
         metrics: AgentMetrics,
         background: BackgroundRunner,
-        hand_over: HandOver,
+        call: ReconcilerCall,
     ) -> None:
         self._options = options
         self._maps = maps
@@ -64,24 +85,23 @@ class Housekeeping:
         self._grace = grace
         self._metrics = metrics
         self._background = background
-        self._hand_over = hand_over
+        self._call = call
         self.clients = ClientNamespaces(maps)
         self._sweeper: Sweeper | None = None
         set_timeouts(maps, options.timeouts)
-        self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
         self._forgotten = ForgottenSockets(maps, measures_traffic=options.measure_traffic)
-        self._comparing = self._caching = False
+        self._grace_periods, self._endings, self._sweeps = _Turns(), _Turns(), _Turns()
+        self._comparisons, self._cachings = _Turns(), _Turns()
+        self._has_adopted = False
         #: The generation of frontends that were cached last.
         self._cached: int | None = None
-        self._next_caching = 0.0
-        self._next_sweep = self._next_ending = self._next_comparison = 0.0
         #: Removed backends whose sockets have been closed.
         self._ended: dict[BackendUse, Removal] = {}
         #: Redirects for which there was no room, in this round.
         self._refused = 0
         #: Conntrack entries after the last sweep, and how many have been evicted so far.
-        self.entries = 0
-        self.evicted = 0
+        self.conntrack_entries = 0
+        self.conntrack_evicted = 0
 
     def start(
         self, programs: Path | None, records: RecordPrograms | None, reports: DecisionReports | None
@@ -105,13 +125,13 @@ class Housekeeping:
 
     def _start_grace(self) -> None:
         """Each grace period is for everything that was retired before it begins."""
-        retired = None if self._grace_runs else self._writer.take_retired()
+        retired = self._writer.take_retired() if self._grace_periods.is_due else None
         if not retired:
             return
-        self._grace_runs = True
+        self._grace_periods.begin()
 
         def passed(_: None) -> None:
-            self._grace_runs = False
+            self._grace_periods.end()
             self._writer.reclaim(retired)
             self._writer.retry()
 
@@ -121,13 +141,12 @@ class Housekeeping:
 
     def _start_ending(self, reports: DecisionReports | None) -> None:
         """Each round is for all backends that were removed before it begins."""
-        now = time.monotonic()
-        if self._ending or now < self._next_ending:
+        if not self._endings.is_due:
             return
         removed, lost = self._writer.take_removed_backends(), self._writer.take_lost_frontends()
         if not removed and not lost:
             return
-        self._ending, self._next_ending = True, now + _ENDING_SECONDS
+        self._endings.begin(_ENDING_SECONDS)
         tcp = self._options.stale_tcp
         self._background(
             lambda: end_stale_sockets(
@@ -149,10 +168,10 @@ class Housekeeping:
                 )
 
         # Not a worker's result: that could come after the round's, which says how many are redirected.
-        self._hand_over(redirect)
+        self._call(redirect)
 
     def _sockets_ended(self, result: Ended) -> None:
-        self._ending = False
+        self._endings.end()
         self._ended.update(result.removed)
         for protocol, number in result.ended.items():
             self._metrics.ended_sockets(protocol, number)
@@ -167,9 +186,9 @@ class Housekeeping:
     # -- flows and affinity that have expired
 
     def _start_sweep(self, programs: Path) -> None:
-        if self._sweeping or time.monotonic() < self._next_sweep:
+        if not self._sweeps.is_due:
             return
-        self._sweeping = True
+        self._sweeps.begin()
         if self._sweeper is None:
             timeouts = self._options.timeouts
             self._sweeper = Sweeper(self._maps, timeouts, programs, rest=lambda: time.sleep(0.001))
@@ -190,15 +209,14 @@ class Housekeeping:
 
         def done(found: tuple[Sweep, dict[bytes, int]]) -> None:
             swept, clients = found
-            self._sweeping = False
-            self._next_sweep = time.monotonic() + max(_SWEEP_SECONDS, swept.rest)
+            self._sweeps.end(max(_SWEEP_SECONDS, swept.rest))
             self._writer.forget_removed_backends(over)
             self._writer.redirects.sweep()
             self._ended = dict(self._ended.items() - over.items())
             self.clients.set(clients)
             self._writer.follow_routes()
-            self.entries = swept.entries
-            self.evicted += swept.evicted
+            self.conntrack_entries = swept.entries
+            self.conntrack_evicted += swept.evicted
             self._metrics.swept(swept, swept.removed)
             self._writer.retry()
 
@@ -207,13 +225,12 @@ class Housekeeping:
     # -- records of sockets that were closed unseen
 
     def _start_comparison(self, programs: RecordPrograms) -> None:
-        if self._comparing or time.monotonic() < self._next_comparison:
+        if not self._comparisons.is_due:
             return
-        self._comparing = True
+        self._comparisons.begin()
 
         def done(removed: Mapping[str, int]) -> None:
-            self._comparing = False
-            self._next_comparison = time.monotonic() + self._options.socket_sweep_seconds
+            self._comparisons.end(self._options.socket_sweep_seconds)
             self._metrics.forgot_sockets(removed)
             if any(removed.values()):
                 log.info("removed records of closed sockets", **removed)
@@ -225,10 +242,10 @@ class Housekeeping:
 
     def _start_caching(self, programs: RecordPrograms) -> None:
         """Caches all frontends once some have changed. Until then programs look up what they need."""
-        now, generation = time.monotonic(), frontend_cache.generation(self._maps)
-        if self._caching or generation == self._cached or now < self._next_caching:
+        generation = frontend_cache.generation(self._maps)
+        if generation == self._cached or not self._cachings.is_due:
             return
-        self._caching = True
+        self._cachings.begin()
 
         def cache() -> tuple[float, str]:
             used, problem = time.thread_time(), ""
@@ -241,12 +258,11 @@ class Housekeeping:
 
         def done(result: tuple[float, str]) -> None:
             used, problem = result
-            self._caching = False
             if problem:
                 log.info("frontends are not cached", error=problem)
             else:
                 self._cached = generation
-            rest = _CACHING_AGAIN_SECONDS if problem else _CACHING_SECONDS
-            self._next_caching = time.monotonic() + max(rest, used / _CACHING_SHARE)
+            pause = _CACHING_AGAIN_SECONDS if problem else _CACHING_SECONDS
+            self._cachings.end(max(pause, used / _CACHING_SHARE))
 
         self._background(cache, done)

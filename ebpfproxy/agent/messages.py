@@ -21,10 +21,10 @@ class NetworkChanged(msgspec.Struct, frozen=True):
     facts: Facts
 
 
-class Finished(msgspec.Struct, frozen=True):
-    """A worker is done, or somebody asks: this is what the reconciler does about it."""
+class Call(msgspec.Struct, frozen=True):
+    """What the reconciler is to do, as a worker is done, or somebody asks."""
 
-    then: Callable[[], None]
+    what: Callable[[], None]
 
 
 class Failed(msgspec.Struct, frozen=True):
@@ -39,7 +39,7 @@ class Stop(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-Message = Event | NetworkChanged | Finished | Failed | Stop
+Message = Event | NetworkChanged | Call | Failed | Stop
 
 
 class Messages:
@@ -68,15 +68,15 @@ class Messages:
                 return
             error = future.exception()
             if error is None:
-                self.put(Finished(lambda: then(future.result())))
+                self.put(Call(lambda: then(future.result())))
             else:
                 self.put(Failed(error))
 
         self._workers.submit(work).add_done_callback(done)
 
-    def hand_over(self, then: Callable[[], None]) -> None:
-        """Has the reconciler call this: before the result of a worker that hands it over."""
-        self.put(Finished(then))
+    def call(self, what: Callable[[], None]) -> None:
+        """Has the reconciler call this. A worker's calls come before the result of its work."""
+        self.put(Call(what))
 
     def ask(self, question: Callable[[Future[R]], object]) -> Future[R]:
         """Has the reconciler call ``question`` with what this returns: it sets the result, now or later."""
@@ -90,7 +90,7 @@ class Messages:
                 except Exception as error:
                     answer.set_exception(error)
 
-        self.put(Finished(reply))
+        self.put(Call(reply))
         return answer
 
     def close(self) -> None:

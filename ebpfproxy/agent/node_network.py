@@ -114,16 +114,16 @@ class NodeNetwork:
         self._packets.set_devices(
             (
                 PacketDevice(
-                    Target(d.ifindex, d.name, not d.ethernet),
-                    d.address4,
-                    d.address6,
-                    d.role is Role.LOCAL,
-                    d.role is Role.TUNNEL,
-                    self._options.local_pods.is_behind(d),
-                    d.ingress_below,
-                    d.egress_below,
-                    d.egress_above,
-                    d.mtu,
+                    target=Target(d.ifindex, d.name, raw=not d.ethernet),
+                    address4=d.address4,
+                    address6=d.address6,
+                    local=d.role is Role.LOCAL,
+                    tunnel=d.role is Role.TUNNEL,
+                    pods=self._options.local_pods.is_behind(d),
+                    ingress_below=d.ingress_below,
+                    egress_below=d.egress_below,
+                    egress_above=d.egress_above,
+                    mtu=d.mtu,
                 )
                 for d in network.devices
             ),
@@ -132,7 +132,14 @@ class NodeNetwork:
             routes_by_source=self._facts.routes_by_source,
         )
         self._packets.set_xdp_devices(
-            XdpDevice(d.ifindex, d.name, d.link_address, d.kind == "veth", d.mtu, d.xdp_obstacle)
+            XdpDevice(
+                ifindex=d.ifindex,
+                name=d.name,
+                link_address=d.link_address,
+                is_veth=d.kind == "veth",
+                mtu=d.mtu,
+                obstacle=d.xdp_obstacle,
+            )
             for d in network.devices
             if d.role is Role.UPLINK
         )

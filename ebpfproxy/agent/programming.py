@@ -24,7 +24,7 @@ from ebpfproxy.services.tracker import Tracker, Update
 
 log = get_logger(__name__)
 
-#: So many service ports at once are a new list, or a cluster that grew.
+#: A change of more service ports than these is a new list, or a cluster that grew.
 _MANY_CHANGES = 1000
 
 

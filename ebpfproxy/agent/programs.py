@@ -240,35 +240,29 @@ class ProgramManager:
             may_change = self.failures or self._options.xdp is not Xdp.NONE
             if may_change and time.monotonic() >= self._next_try:
                 self._attach_devices()
-            return
-        if self._programs is None:
-            return
-        for_records = RecordPrograms(self._programs)
+        elif self._programs is not None:
+            self._attach_first(self._programs, started)
+
+    def _attach_first(self, programs: Path, started: float) -> None:
+        """Attaches to sockets, then to devices, and removes what was used before.
+
+        Flows and records of sockets in maps of other sizes are copied before each step, and after the last:
+        some may have begun meanwhile.
+        """
+        for_records = RecordPrograms(programs)
         migration = MapMigration(self._pins, self._maps, for_records)
         migration.copy()
-        changed = self._attach_sockets(self._programs, has_other_maps=migration.has_others)
+        changed = self._attach_sockets(programs, has_other_maps=migration.has_others)
         self.attached = True
         self._open_reports()
         self.for_records = for_records
         migration.copy()
-        mode = DeviceFlags.HANDOVER if self._handover.is_under_way() else DeviceFlags(0)
-        # A new flow needs programs at all devices: until they are there it is kube-proxy's.
-        is_first = not device_attachments(self._pins)
-        arrive = DeviceFlags.FLOWS_ARRIVE if migration.has_others else DeviceFlags(0)
-        self.packets.set_mode(mode | (DeviceFlags.WAITS if mode and is_first else arrive))
-        migration.catch_up()
-        changed += self._attach_devices()
-        if mode:
-            taken = self._handover.reserve_ports(self._maps, self._options.masquerade_ports)
-            log.info("leaving existing connections to netfilter", ports_taken=taken)
-        self.packets.set_mode(mode | arrive)
-        migration.copy()
-        self.packets.set_mode(mode)
-        attach.drop_former(self._pins, self._programs)
+        changed += self._attach_first_devices(migration)
+        attach.drop_former(self._pins, programs)
         migration.close()
         if migration.copied:
             log.info("copied flows from maps of other sizes", entries=migration.copied)
-        loader.remove_others(self._maps, self._programs)
+        loader.remove_others(self._maps, programs)
         removed = detach.remove_other_versions(self._pins, self._maps.folder)
         log.info(
             "programs are attached",
@@ -277,6 +271,23 @@ class ProgramManager:
             removed=[str(p) for p in removed],
             seconds_since_start=round(time.time() - started, 3),
         )
+
+    def _attach_first_devices(self, migration: MapMigration) -> list[str]:
+        """Attaches to all devices. Meanwhile packet programs are told which flows they must leave alone."""
+        mode = DeviceFlags.HANDOVER_MODE if self._handover.is_under_way() else DeviceFlags(0)
+        # A new flow needs programs at all devices: until they are there it is kube-proxy's.
+        is_first = not device_attachments(self._pins)
+        migrating = DeviceFlags.MIGRATING_FLOWS if migration.has_others else DeviceFlags(0)
+        self.packets.set_mode(mode | (DeviceFlags.NO_NEW_FLOWS if mode and is_first else migrating))
+        migration.catch_up()
+        changed = self._attach_devices()
+        if mode:
+            taken = self._handover.reserve_ports(self._maps, self._options.masquerade_ports)
+            log.info("leaving existing connections to netfilter", ports_taken=taken)
+        self.packets.set_mode(mode | migrating)
+        migration.copy()
+        self.packets.set_mode(mode)
+        return changed
 
     def devices_changed(self) -> None:
         """Attaches to devices that are new, once the others have their programs."""

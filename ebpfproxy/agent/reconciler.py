@@ -27,7 +27,7 @@ from ebpfproxy.agent.drift import DriftCheck
 from ebpfproxy.agent.handover import Handover
 from ebpfproxy.agent.housekeeping import Housekeeping
 from ebpfproxy.agent.local_socket import LocalServer
-from ebpfproxy.agent.messages import Failed, Finished, Message, Messages, NetworkChanged, Stop
+from ebpfproxy.agent.messages import Call, Failed, Message, Messages, NetworkChanged, Stop
 from ebpfproxy.agent.mounts import MountFollower
 from ebpfproxy.agent.node_network import NodeNetwork
 from ebpfproxy.agent.programming import Programming
@@ -131,14 +131,7 @@ class Agent:
         source.start()
         try:
             self._create_parts(features, telemetry)
-            self._listen()
-            if not self._learn_network():
-                self._messages.put(Stop())
-            self._network.set_pod_cidrs()
-            self._programs.start_load()
-            source.record(kube_events.starting(options.node_name))
-            self._serving.follow(complete=False)
-            self._local.start()
+            self._begin()
             successors = Successors(self._local.name)
         except BaseException:
             source.stop()
@@ -147,19 +140,34 @@ class Agent:
         try:
             self._reconcile()
         finally:
-            telemetry.stop()
-            self._tracing.stop()
-            source.stop()
-            self._messages.close()
-            self._local.stop()
-            if self._starts_anew:
-                self._listeners.leave_to_next()
-            successors.hand_over(self._listeners, lock)
-            self._predecessor.dismiss()
-            self._serving.stop()
+            self._shut_down(telemetry, successors, lock)
         log.info("stopped, traffic goes on")
         telemetry.close()
         return self._starts_anew and not self._is_told_to_end
+
+    def _begin(self) -> None:
+        """Loads the programs, and answers who asks, while the first lists come."""
+        self._listen()
+        if not self._learn_network():
+            self._messages.put(Stop())
+        self._network.set_pod_cidrs()
+        self._programs.start_load()
+        self._source.record(kube_events.starting(self._options.node_name))
+        self._serving.follow(complete=False)
+        self._local.start()
+
+    def _shut_down(self, telemetry: Telemetry, successors: Successors, lock: roots.Lock) -> None:
+        """Ends what runs beside the reconciler; another agent gets the listening sockets and the lock."""
+        telemetry.stop()
+        self._tracing.stop()
+        self._source.stop()
+        self._messages.close()
+        self._local.stop()
+        if self._starts_anew:
+            self._listeners.leave_to_next()
+        successors.hand_over(self._listeners, lock)
+        self._predecessor.dismiss()
+        self._serving.stop()
 
     def _create_parts(self, features: probe.Features, telemetry: Telemetry) -> None:
         options, source = self._options, self._source
@@ -245,7 +253,7 @@ class Agent:
             grace=grace,
             metrics=self._metrics,
             background=background,
-            hand_over=self._messages.hand_over,
+            call=self._messages.call,
         )
         self._programs = ProgramManager(
             options, self._maps, pins, features, background, handover=self._handover
@@ -299,20 +307,20 @@ class Agent:
 
     def _status_of(self, telemetry: Telemetry) -> Status:
         parts = Parts(
-            self._options,
-            self._maps,
-            self._source,
-            self._tracker,
-            self._writer,
-            self._programs,
-            self._network,
-            self._housekeeping,
-            self._serving.health,
-            self._serving.node_port_health,
-            self._metrics,
-            self._serving.servers,
-            telemetry,
-            self._local.name,
+            options=self._options,
+            maps=self._maps,
+            source=self._source,
+            tracker=self._tracker,
+            writer=self._writer,
+            programs=self._programs,
+            network=self._network,
+            housekeeping=self._housekeeping,
+            health=self._serving.health,
+            node_port_health=self._serving.node_port_health,
+            metrics=self._metrics,
+            servers=self._serving.servers,
+            telemetry=telemetry,
+            socket=self._local.name,
         )
         return Status(parts, self._started)
 
@@ -377,8 +385,8 @@ class Agent:
         if isinstance(message, NetworkChanged):
             self._network.set_facts(message.facts)
             self._knows_network = True
-        elif isinstance(message, Finished):
-            message.then()
+        elif isinstance(message, Call):
+            message.what()
         elif isinstance(message, Failed):
             raise message.error
         elif not isinstance(message, Stop):

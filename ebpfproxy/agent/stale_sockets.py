@@ -66,35 +66,47 @@ def end_stale_sockets(
     # After this, a connect() that chose before the change has stored its choice.
     grace.wait()
     ended: Counter[str] = Counter()
-    known: set[int] = set()
+    handled: set[int] = set()
     unseen = redirected = 0
     for pause in _PAUSES:
         time.sleep(pause)
-        stale = stale_sockets(maps, removed, tcp, lost, rest=lambda: time.sleep(0))
-        left = {
-            Peer(each.address, each.port, each.protocol): cookies - known
-            for each, cookies in stale.items()
-            if not cookies <= known
-        }
-        if left:
+        found = stale_sockets(maps, removed, tcp, lost, rest=lambda: time.sleep(0))
+        stale = {Peer(each.address, each.port, each.protocol): cookies for each, cookies in found.items()}
+        if left := _without(handled, stale):
             made = _redirects(maps, left)
             if made:
                 redirect({key: socket_layout.pack_redirect(each) for key, each in made.items()})
-                known |= {each.cookie for each in made.values()}
+                handled |= {each.cookie for each in made.values()}
                 redirected += len(made)
-                left = {peer: cookies - known for peer, cookies in left.items() if not cookies <= known}
-            origins = _origins(maps, left) if reports is not None else {}
-            done = end_sockets(left) if left else set()
+                left = _without(handled, left)
+            closed = _close(maps, left, reports)
             for peer, cookies in left.items():
-                if reports is not None:
-                    found = (origins[cookie] for cookie in cookies & done & origins.keys())
-                    reports.sockets_ended(found, peer.protocol)
-                ended[Protocol(peer.protocol).name] += len(cookies & done)
-            known |= done
-        unseen = sum(len(cookies - known) for cookies in stale.values())
+                ended[Protocol(peer.protocol).name] += len(cookies & closed)
+            handled |= closed
+        unseen = sum(len(cookies - handled) for cookies in stale.values())
         if not unseen:
             break
     return Ended(removed, dict(ended), redirected, unseen)
+
+
+def _without(handled: set[int], sockets: Mapping[Peer, set[int]]) -> dict[Peer, set[int]]:
+    """The sockets that are left, by cookie."""
+    return {peer: cookies - handled for peer, cookies in sockets.items() if not cookies <= handled}
+
+
+def _close(maps: MapSet, sockets: Mapping[Peer, set[int]], reports: DecisionReports | None) -> set[int]:
+    """Closes those that are found, reports that, and returns their cookies."""
+    if not sockets:
+        return set()
+    # Once a socket is closed it has no origin to be reported with.
+    origins = _origins(maps, sockets) if reports is not None else {}
+    closed = end_sockets(sockets)
+    if reports is not None:
+        for peer, cookies in sockets.items():
+            reports.sockets_ended(
+                (origins[each] for each in cookies & closed & origins.keys()), peer.protocol
+            )
+    return closed
 
 
 def _redirects(maps: MapSet, stale: Mapping[Peer, set[int]]) -> dict[bytes, Redirect]:

@@ -31,7 +31,7 @@ from ebpfproxy.services.tracker import Tracker
 _REST = 0.25
 
 
-class Parts(msgspec.Struct, frozen=True):
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
     """The parts of the agent that are shown."""
 
     options: AgentOptions
@@ -125,8 +125,8 @@ class Status:
             netns=netns_cookie(),
             node_facts=parts.network.node_facts,
             socket=parts.socket,
-            conntrack_entries=parts.housekeeping.entries,
-            conntrack_evicted=parts.housekeeping.evicted,
+            conntrack_entries=parts.housekeeping.conntrack_entries,
+            conntrack_evicted=parts.housekeeping.conntrack_evicted,
             health_check_ports=parts.node_port_health.bound,
             timeouts=parts.options.timeouts,
             programs=parts.programs.loaded_with,

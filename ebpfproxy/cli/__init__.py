@@ -1,7 +1,7 @@
 """The commands, one module per group: they print what other packages return and contain no rules.
 
 Modules are imported when their command is called, so that ``service list`` does not wait for the
-Kubernetes client to be imported. May import every package.
+Kubernetes client to be imported.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 | module | what |
 |---|---|
-| ``options`` | how a field declares its flag |
+| ``declarations`` | how a field declares its flag |
 | ``kube_proxy`` | KubeProxyConfiguration: fields, flags, the API's defaults |
 | ``validation`` | kube-proxy's checks of it |
 | ``own`` | EbpfProxyConfiguration: fields, flags, checks, JSON schema |
@@ -12,7 +12,9 @@
 | ``load`` | reads a file, applies flags, lists ignored fields |
 | ``write`` | writes YAML and the content of ``/configz`` |
 | ``masquerade_ports`` | source ports for masquerading: a given range, or one that this host leaves free |
+| ``datapath`` | values of settings that the datapath knows, too: sizes of maps, kernel features, modes |
+| ``node_port_addresses``, ``bind_address``, ``urls`` | values of single fields |
 | ``file_watch`` | notices a changed file |
 
-Must not know: maps, BPF, the agent. May import ``services``.
+Must not know: maps, BPF, the agent.
 """

@@ -52,7 +52,8 @@ class Duration:
         return f"{type(self).__name__}({self})"
 
     def __str__(self) -> str:
-        sign, number = "-" * (self._nanoseconds < 0), abs(self._nanoseconds)
+        sign = "-" if self._nanoseconds < 0 else ""
+        number = abs(self._nanoseconds)
         if number == 0:
             return "0s"
         for unit, above in (("ns", "us"), ("µs", "ms"), ("ms", "s")):

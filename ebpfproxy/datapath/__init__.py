@@ -5,8 +5,7 @@
 noticing, ``flows`` looks after what programs remember, ``node`` tells packet programs of devices and ranges,
 ``drift`` finds and repairs what somebody else has changed, and ``dump`` says what the maps hold now.
 
-Must not know: Kubernetes' objects, HTTP, the agent or the commands. May import the values of ``services``
-and ``logs``.
+Must not know: Kubernetes' objects, HTTP, the agent or the commands.
 
 What survives the agent, all below ``<bpf-root>/ebpfproxy/``::
 

@@ -8,11 +8,10 @@ import msgspec
 
 from ebpfproxy.datapath.abi import flow_layout
 from ebpfproxy.datapath.abi.flow_layout import ClientKind
+from ebpfproxy.datapath.abi.layout import NSEC_PER_SEC
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import format_address
-
-_NS = 1_000_000_000
 
 
 class AffinityRow(msgspec.Struct, frozen=True):
@@ -43,7 +42,7 @@ def affinity_rows(maps: MapSet, now: int, names: Mapping[int, str]) -> list[tupl
         client, service_id, kind = flow_layout.unpack_affinity_key(key)
         backend_id, last = flow_layout.unpack_affinity(value)
         port = dump.names.get(service_id)
-        idle = max(0.0, (now - last) / _NS)
+        idle = max(0.0, (now - last) / NSEC_PER_SEC)
         if port is None or idle > seconds.get(service_id, 0):
             continue
         is_namespace = kind is ClientKind.NAMESPACE
@@ -80,5 +79,5 @@ def _expired(maps: MapSet, now: int) -> Iterator[tuple[bytes, bytes]]:
         if seconds is None:
             seconds = affinity_seconds(Dump(maps))
         _, last = flow_layout.unpack_affinity(value)
-        if now - last > seconds.get(flow_layout.affinity_service(key), 0) * _NS:
+        if now - last > seconds.get(flow_layout.affinity_service(key), 0) * NSEC_PER_SEC:
             yield key, value

@@ -26,11 +26,11 @@ from ebpfproxy.datapath.abi.decision_layout import (
     pack_wanted,
     unpack_decision,
 )
-from ebpfproxy.datapath.abi.layout import U32, pack_address, unpack_address
+from ebpfproxy.datapath.abi.layout import NSEC_PER_SEC, U32, pack_address, unpack_address
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.ringbuf import RingBuffer
 
-#: For so long nothing needs to be renewed.
+#: How long a lease lasts that is not renewed.
 LEASE_SECONDS = 3.0
 
 
@@ -66,7 +66,7 @@ class Tracing:
         self._memory[WANTED_AT:PROGRAMS_AT] = pack_wanted(wanted)
 
     def renew(self) -> None:
-        self._until.value = time.monotonic_ns() + int(LEASE_SECONDS * 1e9)
+        self._until.value = time.monotonic_ns() + int(LEASE_SECONDS * NSEC_PER_SEC)
 
     def end(self) -> None:
         self._until.value = 0

@@ -89,7 +89,7 @@ class Lookup:
         return self._maps["source_ranges"].lookup(key) is not None
 
     def cidr_flags(self, address: bytes) -> CidrFlags:
-        """``service_cidr_flags``, and what ``from_pod`` reads where addresses decide."""
+        """``service_cidr_flags``, and what ``is_in_pod_cidr`` reads where addresses decide."""
         found = self._maps["cidrs"].lookup(pack_cidr(Prefix(address, 8 * len(address))))
         return CidrFlags(U32.unpack(found)[0]) if found is not None else CidrFlags(0)
 
@@ -139,7 +139,7 @@ class Lookup:
         known = Affinity(*flow_layout.unpack_affinity(found))
         selection = key.service_id * layout.POLICIES + policy
         is_member = self._maps["members"].lookup(layout.pack_member(selection, known.backend_id))
-        return known if is_member is not None and now - known.last <= seconds * 1_000_000_000 else None
+        return known if is_member is not None and now - known.last <= seconds * layout.NSEC_PER_SEC else None
 
     def backend(self, number: int) -> tuple[Backend, BackendState] | None:
         return self._backends.read(number)

@@ -5,5 +5,5 @@ what programs would find there: the maps decide. ``answer`` adds the reasons, wh
 (``services.reasons``), and says where the two differ. Everything is computed from its arguments: no I/O, no
 clock.
 
-May import ``services`` and ``datapath`` (types and the maps' readers); knows neither the agent nor the API.
+Knows neither the agent nor the API.
 """

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 
 from ebpfproxy.datapath.abi.flow_layout import AffinityKey, ClientKind
-from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags
+from ebpfproxy.datapath.abi.layout import NSEC_PER_SEC, Scope, ServiceEntry, ServiceFlags
 from ebpfproxy.datapath.abi.node_layout import DeviceFlags
 from ebpfproxy.datapath.flows.conntrack_table import FlowRow
 from ebpfproxy.datapath.lookup import Affinity, Lookup, Selected
@@ -36,7 +36,6 @@ from ebpfproxy.services.model import (
 )
 from ebpfproxy.services.reasons import PortReasons, Reason, ServiceReasons
 
-_NS = 1_000_000_000
 _MOST_ROUTES = 64
 
 
@@ -232,7 +231,7 @@ def _affinity(
     record = known.tables.backend(found.backend_id) if found is not None else None
     if found is None or record is None:
         return AffinityState(entry.affinity_seconds, who)
-    expires = entry.affinity_seconds - max(0.0, (known.now - found.last) / _NS)
+    expires = entry.affinity_seconds - max(0.0, (known.now - found.last) / NSEC_PER_SEC)
     backend = format_endpoint(record[0].address, record[0].port)
     return AffinityState(entry.affinity_seconds, who, backend, round(expires, 3))
 

@@ -244,7 +244,7 @@ def _at_ingress(client: Client, target: Target, tables: Tables, programs: Progra
     if client.ifindex is None or client.ifindex not in programs.devices:
         why = "no program is attached to the device by which its packets come in"
         return Path(Hook.NONE, Outcome.UNSERVED, why)
-    if tables.device_flags(0) & DeviceFlags.WAITS:
+    if tables.device_flags(0) & DeviceFlags.NO_NEW_FLOWS:
         return Path(
             Hook.INGRESS, Outcome.UNTOUCHED, "new flows are kube-proxy's until programs are everywhere"
         )
@@ -306,7 +306,7 @@ def _masquerade(entry: ServiceEntry, options: Options, *, is_inside: bool, is_at
 
 def forwards_at(client: Client, out: int, target: Target, tables: Tables, programs: Programs) -> Hook | None:
     """Where packets of a masqueraded flow to the device ``out`` are forwarded without netfilter, as
-    ``is_forwarded`` of flow.h has it; None where they are not.
+    ``find_source`` of flow.h decides; None where they are not.
     """
     if client.ifindex is None:
         return None
@@ -330,7 +330,7 @@ def _of_host(client: Client, target: Target, tables: Tables, programs: Programs)
         return Path(Hook.NONE, Outcome.UNSERVED, "this host has no route to the address")
     if device not in programs.devices:
         return Path(Hook.NONE, Outcome.UNSERVED, "no program is attached to the device that leads there")
-    if tables.device_flags(0) & DeviceFlags.WAITS:
+    if tables.device_flags(0) & DeviceFlags.NO_NEW_FLOWS:
         return Path(hook, Outcome.UNTOUCHED, "new flows are kube-proxy's until programs are everywhere")
     if not is_here:
         entry = tables.frontend(*target, Scope.INTERNAL)

@@ -26,7 +26,8 @@ class Asked(NamedTuple):
     protocol: Protocol | None = None
 
     def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}" + f":{self.port}" * bool(self.port)
+        service = f"{self.namespace}/{self.name}"
+        return f"{service}:{self.port}" if self.port else service
 
 
 class Programmed(NamedTuple):

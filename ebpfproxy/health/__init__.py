@@ -2,5 +2,5 @@
 
 ``http`` is the server, ``server`` serves pages at one address, ``node_port`` the ports of Services, ``proxy``
 says whether the agent is healthy. Knows kube-proxy's answers (pkg/proxy/healthcheck/proxy_health.go). Must
-not know where the facts come from. May import ``config``, ``kube.objects`` and ``logs``.
+not know where the facts come from.
 """

@@ -44,7 +44,7 @@ def facts(each: Explanation) -> Iterator[tuple[str, str]]:
     if each.masquerade is not None:
         yield "masquerade", _masquerade(each)
         for hook, backends in each.masquerade.forwarded.items():
-            more = f" and {len(backends) - _SHOWN} more" * (len(backends) > _SHOWN)
+            more = f" and {len(backends) - _SHOWN} more" if len(backends) > _SHOWN else ""
             where = "XDP, but the first of a flow" if hook is Hook.XDP else "tc ingress"
             yield "past netfilter", f"packets to {', '.join(backends[:_SHOWN])}{more}, at {where}"
     for row in each.sockets:
@@ -66,4 +66,6 @@ def _masquerade(each: Explanation) -> str:
     addresses = " or ".join(found.addresses) or "an address of this node"
     if found.applies:
         return f"yes, as {addresses}: {found.why}"
-    return f"no: {found.why}" + f"; but as {addresses} where the backend is the client itself" * found.hairpin
+    if found.hairpin:
+        return f"no: {found.why}; but as {addresses} where the backend is the client itself"
+    return f"no: {found.why}"

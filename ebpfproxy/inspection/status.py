@@ -117,7 +117,9 @@ def _problems(
     if not running:
         yield "the agent is not running: its programs stay attached, but changes are not applied"
     if agent is None or not agent.synced:
-        yield "the agent has not finished its start" + " yet" * running
+        yield (
+            "the agent has not finished its start yet" if running else "the agent has not finished its start"
+        )
     elif running and not agent.healthy:
         yield "a change has waited for more than a minute to be programmed"
     if running and agent is not None and (silent := _silence(agent)):
@@ -248,5 +250,7 @@ def _device_line(status: Status) -> str:
     wanted = status.agent.devices if status.agent is not None else len(status.devices)
     text = f"{len(status.devices)} of {wanted}"
     pods = [d.device for d in status.devices if d.role == PODS]
-    names = " ".join(pods[:_SHOWN_DEVICES]) + " …" * (len(pods) > _SHOWN_DEVICES)
+    names = " ".join(pods[:_SHOWN_DEVICES])
+    if len(pods) > _SHOWN_DEVICES:
+        names += " …"
     return f"{text}; {len(pods)} to pods: {names}" if pods else text

@@ -20,7 +20,7 @@ def share(part: float) -> str:
 
 def duration(seconds: float) -> str:
     """A connect time, rounded: ``64µs``, ``1.2ms``, ``12ms``; ``≥8.4s`` above all bounds."""
-    above = "≥" * (seconds >= CONNECT_BOUNDS[-1] / 1e6)
+    above = "≥" if seconds >= CONNECT_BOUNDS[-1] / 1e6 else ""
     value, unit = seconds * 1e6, "µs"
     for larger in ("ms", "s"):
         if value >= 999.5:

@@ -6,5 +6,5 @@ Knows the few fields of each object that are read (``objects``, ``decode``); cre
 (``watch``); and manifests in a folder (``manifests``), the source without a cluster. One thing goes the other
 way: Events for people (``events``).
 
-Must not know: what a Service means, maps, BPF, the agent. May import ``logs``.
+Must not know: what a Service means, maps, BPF, the agent.
 """

@@ -29,7 +29,7 @@ __all__ = ["KEEPALIVE", "USER_AGENT", "ApiConnection", "Reply"]
 log = get_logger(__name__)
 
 _CONNECT_SECONDS = 10.0
-#: After so many requests in a row that nobody answers, another address is looked for.
+#: After this many requests in a row that nobody answers, another address is looked for.
 _UNANSWERED = 3
 _MOST_BYTES = 1 << 20
 _ERROR_BYTES = 64 * 1024

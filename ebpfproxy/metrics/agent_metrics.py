@@ -61,7 +61,11 @@ class AgentMetrics:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
         registry.register(_ThreadCollector())
+        self._declare_kube_proxys(registry)
+        self._declare_own(registry)
+        self._start_known_labels()
 
+    def _declare_kube_proxys(self, registry: CollectorRegistry) -> None:
         def sync_histogram(name: str, text: str) -> Histogram:
             return Histogram(
                 f"kubeproxy_{name}",
@@ -145,6 +149,8 @@ class AgentMetrics:
             buckets=_REQUEST_BUCKETS,
             registry=registry,
         )
+
+    def _declare_own(self, registry: CollectorRegistry) -> None:
         self.event_to_map = Histogram(
             "ebpfproxy_event_to_map_seconds",
             "Time from reading an event to the updated maps",
@@ -230,6 +236,9 @@ class AgentMetrics:
         Gauge("ebpfproxy_build_info", "Version and kernel", ["version", "kernel"], registry=registry).labels(
             ebpfproxy.__version__, platform.release()
         ).set(1)
+
+    def _start_known_labels(self) -> None:
+        """Makes counters exist from the start, with a value of 0."""
         for family in FAMILIES:
             self._reconciled.labels(family)
         for resource in Resource:

@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, NOBODY, ConnectFailure
+from ebpfproxy.datapath.abi.layout import NOBODY
+from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, ConnectFailure
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services import measures

@@ -1,4 +1,1 @@
-"""The kernel's netlink sockets, in this and in other network namespaces: routes, sockets, conntrack.
-
-May import ``logs``.
-"""
+"""The kernel's netlink sockets, in this and in other network namespaces: routes, sockets, conntrack."""

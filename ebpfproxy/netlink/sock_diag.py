@@ -39,7 +39,7 @@ _COOKIE_MASK = (1 << 56) - 1
 _BATCH = 128
 #: In one filter, whose jumps are 16 bits long.
 _PEERS = 1000
-#: For so many a filter costs less than all that it leaves out.
+#: For up to this many peers a filter costs less than all that it leaves out.
 _FEW_PEERS = 64
 _TIMEOUT_SECONDS = 5.0
 

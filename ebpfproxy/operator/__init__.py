@@ -3,7 +3,7 @@
 | module | what |
 |---|---|
 | ``api`` | single objects of one API server, over ``kube.client`` |
-| ``kube_proxy`` | kube-proxy's DaemonSet, and the file that it is configured by |
+| ``kube_proxy_objects`` | kube-proxy's DaemonSet, and the file that it is configured by |
 | ``pod_status`` | what a pod's status says |
 | ``agents`` | the agents' pods, and commands in them |
 | ``image`` | the agents' image, for pods of commands |
@@ -11,5 +11,5 @@
 | ``waiting`` | the loop that waits until something is so |
 | ``printing`` | how progress is reported |
 
-``install``, ``migrate`` and ``test`` stand on these. May import ``kube`` and ``logs``.
+``install``, ``migrate`` and ``test`` stand on these.
 """

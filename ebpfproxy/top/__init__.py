@@ -2,6 +2,4 @@
 
 ``reading`` copies what programs count, ``comparison`` says what two readings differ in, as ``rows``. None of
 them prints.
-
-May import ``datapath`` and ``services``.
 """

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from ebpfproxy.datapath.abi.measure_layout import NOBODY
+from ebpfproxy.datapath.abi.layout import NOBODY
 from ebpfproxy.datapath.services.measures import (
     NO_CONNECTS,
     NO_TRAFFIC,
@@ -25,7 +25,7 @@ from ebpfproxy.top.reading import Names, Reading
 SHORTEST = 0.001
 #: Connect times are of the last seconds, so many: within one interval there may be few connections.
 WINDOW_SECONDS = 30.0
-#: So many moments of the window are kept.
+#: How many moments of the window are kept.
 _MOMENTS = 10
 
 Counted = TypeVar("Counted", bound=tuple[object, ...])

@@ -74,7 +74,8 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        return f"{self.namespace}/{self.service}" + f":{self.port}" * bool(self.port)
+        service = f"{self.namespace}/{self.service}"
+        return f"{service}:{self.port}" if self.port else service
 
     @property
     def failures(self) -> int:

@@ -18,7 +18,7 @@ import pytest
 from ebpfproxy.agent import local_pages
 from ebpfproxy.agent.drift import DriftCheck
 from ebpfproxy.agent.local_socket import LocalServer, NoAgentError, Reply, ask, ask_at
-from ebpfproxy.agent.messages import Finished, Messages, Stop
+from ebpfproxy.agent.messages import Call, Messages, Stop
 from ebpfproxy.datapath.drift.findings import Report
 from ebpfproxy.health.http import text_answer
 from ebpfproxy.kube.manifests import parse
@@ -133,8 +133,8 @@ def reconciler(messages: Messages) -> threading.Thread:
             for message in messages.take(1):
                 if isinstance(message, Stop):
                     return
-                assert isinstance(message, Finished)
-                message.then()
+                assert isinstance(message, Call)
+                message.what()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from ebpfproxy.agent.messages import Finished, Messages
+from ebpfproxy.agent.messages import Call, Messages
 
 
 def test_what_a_worker_hands_over_comes_before_its_result() -> None:
@@ -14,13 +14,11 @@ def test_what_a_worker_hands_over_comes_before_its_result() -> None:
     order: list[str] = []
     for _ in range(3):
         messages.run(busy.wait, lambda _: order.append("busy"))
-    messages.run(
-        lambda: messages.hand_over(lambda: order.append("handed over")), lambda _: order.append("done")
-    )
+    messages.run(lambda: messages.call(lambda: order.append("handed over")), lambda _: order.append("done"))
     while "done" not in order:
         for message in messages.take(1.0):
-            assert isinstance(message, Finished)
-            message.then()
+            assert isinstance(message, Call)
+            message.what()
     busy.set()
     messages.close()
     assert order == ["handed over", "done"]

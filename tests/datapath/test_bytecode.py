@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ebpfproxy.datapath.abi.schema import SEARCHED_SLOTS
 from ebpfproxy.datapath.programs import bytecode, loader
 from ebpfproxy.datapath.programs.bytecode import Bytecode, Program, Recipe
-from ebpfproxy.datapath.services import slots
 
 SOURCE = """
 #include "lib/compat.h"
@@ -62,7 +62,7 @@ def recipe(
     for name in ("include", "lib"):
         (tmp_path / "bpf" / name).symlink_to(loader.source_folder() / name)
     (tmp_path / "bpf" / "small.c").write_text(SOURCE)
-    defines = (f"-DSEARCHED_SLOTS={slots.SEARCHED}",)
+    defines = (f"-DSEARCHED_SLOTS={SEARCHED_SLOTS}",)
     return Recipe(
         tmp_path / "bpf", "small.c", ("counted",), defines, ("first", "second"), ("FUNCTION", "SECRET")
     )

@@ -222,8 +222,7 @@ def test_what_a_backend_counts() -> None:
             form = layout.U64 if name in ("sockets_opened", "flows_begun", "datagrams") else layout.U32
             form.pack_into(memory, number * layout.BACKEND_SIZE + layout.LOAD_OFFSETS[name], value)
 
-    loads.carry(2, -1)
-    count(2, sockets_opened=(5 << 32) + 1, sockets_closed=0xFFFFFFFE, datagrams=7)
+    count(2, sockets_opened=(5 << 32) + 1, sockets_closed=0xFFFFFFFE, sockets_carried=0xFFFFFFFF, datagrams=7)
     records.write(2, Backend(bytes([10, 0, 0, 1]), 80, Protocol.TCP), BackendState.ACTIVE)
     assert loads[2].open_sockets == loads[2].open_now == 2
     assert loads[2].chosen == (5 << 32) + 1 + 7

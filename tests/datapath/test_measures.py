@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.datapath.abi.flow_layout import FLOW, NAT, NAT_IDS_AT, BackendUse
-from ebpfproxy.datapath.abi.layout import PAIR, U32
-from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, CONNECT_FAILURES, CONNECTS, NOBODY, TRAFFIC
+from ebpfproxy.datapath.abi.layout import NOBODY, PAIR, U32
+from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, CONNECT_FAILURES, CONNECTS, TRAFFIC
 from ebpfproxy.datapath.abi.socket_layout import ORIGIN, OriginKind, origin_key, with_origin_ids
 from ebpfproxy.datapath.kernel import bpf, maps
 from ebpfproxy.datapath.kernel.maps import MapSet

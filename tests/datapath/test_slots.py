@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.config.datapath import MAGLEV_SIZES
-from ebpfproxy.datapath.services.slots import MOST_SLOTS, SEARCHED, shares, slots_of, spread
+from ebpfproxy.datapath.abi.schema import SEARCHED_SLOTS
+from ebpfproxy.datapath.services.slots import MOST_SLOTS, shares, slots_of, spread
 from ebpfproxy.services.model import Algorithm, Backend, Protocol
 from tests.datapath.writing import slot_backend, slot_weight
 
 TABLE = MAGLEV_SIZES[0]
-MANY = SEARCHED + 3
+MANY = SEARCHED_SLOTS + 3
 #: Algorithms for which the weight is the number of slots of a backend, for any number of backends.
 IN_SLOTS = [a for a in Algorithm if not a.looks_at_loads and a is not Algorithm.MAGLEV]
 BY_LOAD = [a for a in Algorithm if a.looks_at_loads]
@@ -173,8 +174,8 @@ def test_weight_is_the_number_of_slots(algorithm: Algorithm, weights: list[int])
 
 @pytest.mark.parametrize("algorithm", BY_LOAD)
 def test_slots_of_few_backends_selected_by_load_hold_the_weight(algorithm: Algorithm) -> None:
-    weights = [1, 65535, 7, *[1] * (SEARCHED - 4), 2]
-    assert len(weights) == SEARCHED
+    weights = [1, 65535, 7, *[1] * (SEARCHED_SLOTS - 4), 2]
+    assert len(weights) == SEARCHED_SLOTS
     found = made(algorithm, len(weights), weights)
     assert [slot_backend(word) for word in found] == ids(len(weights)).tolist()
     assert [slot_weight(word) for word in found] == weights

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from ebpfproxy.config.datapath import BPFFS
-from ebpfproxy.datapath.abi.layout import PAIR, U32, pack_name
-from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, CONNECT_FAILURES, CONNECTS, NOBODY, TRAFFIC
+from ebpfproxy.datapath.abi.layout import NOBODY, PAIR, U32, pack_name
+from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, CONNECT_FAILURES, CONNECTS, TRAFFIC
 from ebpfproxy.datapath.kernel import bpf, maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import ensure_bpffs

@@ -9,12 +9,11 @@ import pytest
 
 from ebpfproxy.agent.state import save_programmed
 from ebpfproxy.datapath.abi import layout
-from ebpfproxy.datapath.abi.layout import PAIR, U32
+from ebpfproxy.datapath.abi.layout import NOBODY, PAIR, U32
 from ebpfproxy.datapath.abi.measure_layout import (
     CONNECT_BOUNDS,
     CONNECT_FAILURES,
     CONNECTS,
-    NOBODY,
     TRAFFIC,
     ConnectFailure,
 )

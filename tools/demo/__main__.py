@@ -130,7 +130,7 @@ def run(demo: Demo) -> None:
     for pod in web:
         servers.start(pod, pod.name, 8080, 8053)
     demo.write(*web[:2])
-    # The agent would else repair now and then what is to be shown broken.
+    # Otherwise the agent would now and then repair what is to be shown broken.
     options = ["--drift-check-seconds", "60"]
     agents = [node.agent(*options, manifests=demo.folder).start(wait=False) for node in (a, b)]
     for node in (a, b):

@@ -26,7 +26,7 @@ _HOLDS = {
     "services4": "IPv4 frontends: address, port, protocol, scope → id, algorithm, flags",
     "services6": "IPv6 frontends, in the same form",
     "frontend_cache": "what these two have, and the range to choose from, as programs at sockets need it",
-    "frontend_generation": "a random number, another one after each change of both: what was found before counts no more",
+    "frontend_generation": "a random number that each change of both replaces: what was cached before is invalid",
     "range_generations": "the same for ranges, counted up: one for each 256th id",
     "selections": "id and policy → range of slots; one 8-byte word",
     "slots": "backend ids and weights, or a Maglev table",

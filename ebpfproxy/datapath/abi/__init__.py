@@ -1,4 +1,1 @@
-"""Structs and maps as programs and agent share them: the only place that knows bytes.
-
-May import the values of ``services``.
-"""
+"""Structs and maps as programs and agent share them: the only place that knows bytes."""

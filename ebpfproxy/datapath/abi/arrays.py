@@ -96,15 +96,14 @@ class BackendRecords:
 class Loads:
     """What the ``backends`` map counts, by backend id.
 
-    Programs write all words but two: the agent has ``sockets_carried`` and ``flows_corrected`` for itself.
-    A sweep counts in ``flows_seen``.
+    Programs write all words but two: ``flows_corrected`` is the agent's own, and ``sockets_carried`` is left
+    from earlier versions, whose agents wrote it. A sweep counts in ``flows_seen``.
     """
 
     #: Words of 32 bits, and of 64 bits, of a record.
     _WORDS, _LONGS = _BACKEND // 4, _BACKEND // 8
     _CLOSED_AT = layout.LOAD_OFFSETS["sockets_closed"] // 4
     _BEGUN_AT = layout.LOAD_OFFSETS["flows_begun"] // 8
-    _CARRIED_AT = layout.LOAD_OFFSETS["sockets_carried"] // 4
     _CORRECTED_AT = layout.LOAD_OFFSETS["flows_corrected"] // 4
     _SEEN_AT = layout.LOAD_OFFSETS["flows_seen"] // 4
     #: The words that say how much is open: of sockets, then of flows. The lower half of a counter is enough.
@@ -153,17 +152,10 @@ class Loads:
         sockets, flows = _balances(*columns[:3]), _balances(*columns[3:])
         return list(map(add, sockets, flows)) if any(flows) else sockets
 
-    def carry(self, number: int, sockets: int) -> None:
-        """Counts sockets that no program counts (or, below 0, no longer)."""
-        self._add(number, self._CARRIED_AT, sockets)
-
     def correct(self, number: int, flows: int) -> None:
         """Counts flows that programs have not counted (or, below 0, did not see end)."""
-        self._add(number, self._CORRECTED_AT, flows)
-
-    def _add(self, number: int, word: int, step: int) -> None:
-        at = number * self._WORDS + word
-        self._words[at] = self._words[at] + step & 0xFFFFFFFF
+        at = number * self._WORDS + self._CORRECTED_AT
+        self._words[at] = self._words[at] + flows & _MASK
 
     def clear(self, number: int) -> None:
         self._memory[number * _BACKEND + layout.BACKEND.size : (number + 1) * _BACKEND] = _NO_LOAD

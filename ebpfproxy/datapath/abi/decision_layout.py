@@ -10,7 +10,7 @@ import struct
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
-from ebpfproxy.datapath.abi.layout import pack_address, unpack_address
+from ebpfproxy.datapath.abi.layout import NOBODY, NSEC_PER_SEC, pack_address, unpack_address
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.services.model import Algorithm
 
@@ -19,10 +19,10 @@ _TASK = struct.Struct("=QQII16s")
 _SENDER = struct.Struct("=16s2sHI16x")
 TRACING = struct.Struct("=QQQIIII16s16sII")
 DECISION_STATE = struct.Struct("=QQQQQQQ16s")
+#: ``place`` of ``struct decision``: these lower bits are its ``Algorithm``, those above its :class:`Place`.
+BITS_OF_ALGORITHM = 4
 #: ``namespace/name`` of a pod, which may be cut.
 POD_NAME = struct.Struct("=128s")
-#: ``NOBODY`` in C: no Service, no backend.
-_NOBODY = 0xFFFFFFFF
 #: These are offsets in ``struct tracing``: what a command wants follows its lease; the agent writes the last.
 WANTED_AT, PROGRAMS_AT = 8, 76
 
@@ -109,18 +109,18 @@ def unpack_decision(packed: bytes) -> Decision:
     time, frontend, service, backend, port, candidates, kind, reason, protocol, place, client = (
         DECISION.unpack(packed)
     )
-    found = _PLACES[place >> 4]
+    found = _PLACES[place >> BITS_OF_ALGORITHM]
     return Decision(
         time,
         _KINDS[kind],
         _REASONS[reason],
         found,
-        _ALGORITHMS[place & 15],
+        _ALGORITHMS[place & ((1 << BITS_OF_ALGORITHM) - 1)],
         protocol,
         unpack_address(frontend),
         int.from_bytes(port, "big"),
-        None if service == _NOBODY else service,
-        None if backend == _NOBODY else backend,
+        None if service == NOBODY else service,
+        None if backend == NOBODY else backend,
         candidates,
         _task(client) if found is Place.SOCKET or kind in _OF_SOCKETS else _sender(client),
     )
@@ -187,9 +187,8 @@ class Wanted(NamedTuple):
     client: Client | None = None
 
 
-#: So much of a second's decisions may come at once.
+#: The part of a second's decisions that may come at once.
 _BURST = 0.25
-_NS = 1_000_000_000
 
 
 def pack_wanted(wanted: Wanted) -> bytes:
@@ -199,8 +198,8 @@ def pack_wanted(wanted: Wanted) -> bytes:
     first, second = (addresses * 2 + [b"", b""])[:2]
     return TRACING.pack(
         0,
-        _NS // wanted.rate,
-        int(_BURST * _NS),
+        NSEC_PER_SEC // wanted.rate,
+        int(_BURST * NSEC_PER_SEC),
         sum(1 << kind for kind in wanted.kinds),
         wanted.one_in,
         wanted.by_service,

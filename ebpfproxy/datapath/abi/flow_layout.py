@@ -11,7 +11,7 @@ import struct
 import sys
 from typing import NamedTuple
 
-from ebpfproxy.datapath.abi.layout import PAIR, U32, U64, pack_address, unpack_address
+from ebpfproxy.datapath.abi.layout import NOBODY, PAIR, U32, U64, pack_address, unpack_address
 
 
 class RemovalReason(enum.IntEnum):
@@ -133,7 +133,7 @@ _VALUE_FACTORS = (0x64E6D7B3, 0x6B43A9B5, 0x7FEB352D, 0x52DCE729, 0x38495AB5, 1 
 def with_check(key: bytes, value: bytes | bytearray) -> bytes:
     """The value with the sum by which programs know that they have read the key's own entry.
 
-    ``check_of()`` in conntrack.h computes the same.
+    ``check_of()`` in entry.h computes the same.
     """
     words = (*_CHECKED_KEY.unpack(key), *_CHECKED_VALUE.unpack_from(value))
     check = sum(word * factor for word, factor in zip(words, _KEY_FACTORS + _VALUE_FACTORS, strict=True))
@@ -183,8 +183,8 @@ class BackendUse(NamedTuple):
     backend_id: int
 
 
-#: What entries of no Service and no backend have; ``NOBODY`` in C.
-NO_USE = BackendUse(0xFFFFFFFF, 0xFFFFFFFF)
+#: What entries of no Service and no backend have.
+NO_USE = BackendUse(NOBODY, NOBODY)
 
 
 _FLOW_PROTOCOL_AT, _FLOW_STAGE_AT = 36, 37

@@ -65,6 +65,9 @@ U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
 DRAINED = struct.Struct(">16sH2x")
 SOURCE_RANGE = struct.Struct("=II16s")
+NSEC_PER_SEC = 1_000_000_000
+#: This id belongs to no Service and no backend.
+NOBODY = 0xFFFFFFFF
 #: Backend id and weight, as one u64.
 SLOT_SIZE = 8
 BACKEND_SIZE = BACKEND.size + LOAD.size

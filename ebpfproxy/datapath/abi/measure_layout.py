@@ -25,5 +25,3 @@ CONNECT_FAILURES = struct.Struct(f"={len(ConnectFailure)}Q")
 CONNECTS = struct.Struct(f"=Q{len(CONNECT_BOUNDS) + 1}Q{len(ConnectFailure)}Q")
 #: ``struct traffic``, of one CPU: bytes from clients and to them, and packets.
 TRAFFIC = struct.Struct("=4Q")
-#: The service, and the backend, of all that does not fit.
-NOBODY = 0xFFFFFFFF

@@ -14,18 +14,23 @@ from ebpfproxy.services.model import Prefix
 
 
 class DeviceFlags(enum.IntFlag):
+    """Of ``devices``. HANDOVER_MODE, NO_NEW_FLOWS and MIGRATING_FLOWS are the node's: device 0 has them."""
+
+    #: What comes in by it is a pod's, as detectLocalMode says.
     PODS = 1 << 0
+    #: It is neither an uplink nor a tunnel.
     LOCAL = 1 << 1
-    #: This and the next are the whole node's, in the entry of device 0.
-    HANDOVER = 1 << 2
-    WAITS = 1 << 3
+    #: TCP connections that began elsewhere are netfilter's.
+    HANDOVER_MODE = 1 << 2
+    #: Programs create no flow.
+    NO_NEW_FLOWS = 1 << 3
     #: The program at a device below this one has seen what comes in here, and will see what leaves here.
     INGRESS_BELOW = 1 << 4
     EGRESS_BELOW = 1 << 5
     #: The program at a device above this one has seen some of what leaves here.
     EGRESS_ABOVE = 1 << 6
-    #: This is the whole node's, too. Flows of other maps are still being copied to these.
-    FLOWS_ARRIVE = 1 << 7
+    #: Flows of other maps are still being copied to these.
+    MIGRATING_FLOWS = 1 << 7
     #: To other nodes' pods.
     TUNNEL = 1 << 8
     #: The whole node routes by sources, too; each device has this.

@@ -67,7 +67,7 @@ CIDR_FILTER_BITS = 20
 CRC_STEPS = 17
 #: Open MPTCP sockets that asked for a Service. Those beyond are served, and their records are swept.
 MPTCP_SOCKETS = 1 << 16
-#: Places of the ``next_hops`` map, by a hash: NEXT_HOPS in bpf/lib/next_hop.h.
+#: Places of the ``next_hops`` map, by a hash: NEXT_HOP_BITS in bpf/lib/next_hop.h.
 NEXT_HOPS = 1024
 #: The most slots of ``flow_cache``: bpf/lib/flow_cache.h takes so many bits of a hash.
 FLOW_SLOTS = 1 << 21
@@ -75,6 +75,11 @@ FLOW_SLOTS = 1 << 21
 FLOW_GROUPS = 1 << 10
 #: Entries of conntrack that a sweep reads at once: few enough to stay in a CPU's own cache.
 SWEEP_BATCH = 1024
+#: A run of a program of bpf/sweep.c is for so many entries, or bytes of ``flow_filter``.
+ENTRIES_OF_A_RUN = 8
+BYTES_OF_A_RUN = 128 * 8
+#: Among up to so many slots programs look for the least loaded backend; the compiler is told.
+SEARCHED_SLOTS = 16
 #: struct scratch in bpf/lib/scratch.h: no one but programs reads it.
 SCRATCH_SIZE = 688
 #: When the maps were last changed (Unix seconds), and how long that took (seconds).

@@ -24,7 +24,7 @@ REDIRECT = struct.Struct("=16sHxxxxxxQ")
 # -- the first frontend of a socket
 
 #: Keys of origins and of ``sock_peers`` are the socket's cookie, but for the highest byte: a kind, or a page.
-_COOKIE_BITS = 56
+COOKIE_BITS = 56
 
 
 class OriginKind(IntEnum):
@@ -59,11 +59,11 @@ def split_origins(origins: bytes) -> Iterator[bytes]:
 
 def origin_cookie(packed: bytes) -> int:
     """The socket's cookie, without its highest byte."""
-    return int.from_bytes(packed[:8], sys.byteorder) & (1 << _COOKIE_BITS) - 1
+    return int.from_bytes(packed[:8], sys.byteorder) & (1 << COOKIE_BITS) - 1
 
 
 def origin_key(cookie: int, kind: OriginKind) -> bytes:
-    return (cookie | kind << _COOKIE_BITS).to_bytes(8, sys.byteorder)
+    return (cookie | kind << COOKIE_BITS).to_bytes(8, sys.byteorder)
 
 
 def unconnected_origin(cookie: int) -> bytes:
@@ -125,7 +125,7 @@ _PEERS_NETNS_AT = PEER_PLACES * PEER.size + 4
 
 def peers_cookie(packed: bytes) -> int:
     """The socket's cookie in a key of ``sock_peers``, of whichever page."""
-    return int.from_bytes(packed, sys.byteorder) & (1 << _COOKIE_BITS) - 1
+    return int.from_bytes(packed, sys.byteorder) & (1 << COOKIE_BITS) - 1
 
 
 def peer_uses(values: memoryview, count: int) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,4 @@
 
 ``compare`` is pure. ``checker`` reads the maps and compares; ``repair`` writes them, in the order in which a
 change is published; ``findings`` names differences in words.
-
-May import all that writes maps.
 """

@@ -48,7 +48,7 @@ class Report(msgspec.Struct, frozen=True):
     #: What is not as it should be, and has not been repaired.
     findings: tuple[Finding, ...] = ()
     repaired: tuple[Finding, ...] = ()
-    #: So many more are not told of.
+    #: How many more there are, which are not told of.
     more: int = 0
     #: The last that were repaired, latest first.
     earlier: tuple[Repaired, ...] = ()

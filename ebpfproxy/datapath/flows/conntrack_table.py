@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import msgspec
 
 from ebpfproxy.datapath.abi.flow_layout import Entry, Nat, NatFlags, Seen, reversed_at_egress
+from ebpfproxy.datapath.abi.layout import NSEC_PER_SEC
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.services.model import Protocol, format_endpoint
 
-_NS = 1_000_000_000
 #: RFC 3828. It uses UDP's Services.
 UDPLITE = 136
 _STREAM_SECONDS = 1.0
@@ -122,6 +122,22 @@ def _dsr(flags: NatFlags) -> str:
     return "sent" if flags & NatFlags.DSR else "received" if flags & NatFlags.DSR_BACKEND else ""
 
 
+def _masquerade_of(entry: Entry, there: Mapping[bytes, Entry]) -> tuple[str, list[bytes]]:
+    """What the backend sees of the client of an original direction, and the keys of the pair that says so.
+
+    Without such a pair the backend sees the client itself, and the text is empty.
+    """
+    # The key of the pair's original direction: from client to backend, where the packet leaves.
+    source = there.get(reversed_at_egress(entry.partner))
+    if source is None or not source.flags & NatFlags.SOURCE:
+        return "", []
+    keys = [source.key]
+    reply = there.get(source.partner)
+    if reply is not None and reply.partner == source.key:
+        keys.append(reply.key)
+    return format_endpoint(source.nat.source, source.nat.source_port), keys
+
+
 def flows_of(
     entries: list[tuple[bytes, bytes]], timeouts: Timeouts, now: int, names: Mapping[int, str]
 ) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
@@ -145,23 +161,13 @@ def flows_of(
             keys.append(partner.key)
             last, seen = max(last, partner.last), seen | partner.seen
             half_open = is_half_open(flow.protocol, nat, partner.nat)
-        masquerade = ""
-        if nat.flags & NatFlags.HOST:
-            masquerade = format_endpoint(nat.source, nat.source_port)
-        elif (
-            not is_replaced
-            and (source := there.get(reversed_at_egress(entry.partner)))
-            and source.flags & NatFlags.SOURCE
-        ):
-            # From client to backend, where the packet leaves.
-            keys.append(source.key)
-            masquerade = format_endpoint(source.nat.source, source.nat.source_port)
-            reply = there.get(source.partner)
-            if reply is not None and reply.partner == source.key:
-                keys.append(reply.key)
+        masquerade = format_endpoint(nat.source, nat.source_port) if nat.flags & NatFlags.HOST else ""
+        if not masquerade and not is_replaced:
+            masquerade, more = _masquerade_of(entry, there)
+            keys += more
         lasting = seen & ~Seen.REPLY if half_open else seen
-        limit = timeouts.of(flow.protocol, lasting, (last - nat.created) / _NS)
-        idle = max(0.0, (now - last) / _NS)
+        limit = timeouts.of(flow.protocol, lasting, (last - nat.created) / NSEC_PER_SEC)
+        idle = max(0.0, (now - last) / NSEC_PER_SEC)
         row = FlowRow(
             protocol=PROTOCOL_NAMES[flow.protocol],
             client=format_endpoint(flow.source, flow.source_port),
@@ -171,7 +177,7 @@ def flows_of(
             state=state_of(flow.protocol, seen, half_open=half_open),
             service=names.get(nat.service_id, "?"),
             idle=round(idle, 3),
-            age=round(max(0.0, (now - nat.created) / _NS), 3),
+            age=round(max(0.0, (now - nat.created) / NSEC_PER_SEC), 3),
             expires=round(max(0.0, limit - idle), 3),
             dsr=_dsr(nat.flags),
         )

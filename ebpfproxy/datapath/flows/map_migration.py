@@ -5,8 +5,9 @@ records of sockets and session affinity are copied, with their ids translated by
 programs are swapped, and again while they are, for what begins meanwhile. Copying a large table takes a
 second, in which connections begin: so what is copied is not looked at again unless it has changed, and
 copies follow one another until one has next to nothing to do. Within the milliseconds that this last one and
-the swap take, segments of connections that are not copied yet are dropped, and sent again (FLOWS_ARRIVE); a
-datagram's flow may be lost if it begins then, and passes programs of both.
+the swap take, segments of connections that are not copied yet are dropped, and sent again
+(``DeviceFlags.MIGRATING_FLOWS``); a datagram's flow may be lost if it begins then, and passes programs of
+both.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from ebpfproxy.datapath.abi import flow_layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import NAT_STATE, NO_USE, BackendUse, Entry, Seen
-from ebpfproxy.datapath.abi.layout import U32, U64
+from ebpfproxy.datapath.abi.layout import NOBODY, U32, U64
 from ebpfproxy.datapath.abi.schema import FLOW_MARKS, SCHEMA_VERSION
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
 from ebpfproxy.datapath.flows.record_programs import RecordPrograms
@@ -53,8 +54,21 @@ _READ = frozenset(
 _FEW = 64
 #: Connections begin at any rate, and a swap cannot wait for a pause for ever.
 _MOST_COPIES = 20
-#: This id is never given out.
-_NOTHING = 0xFFFFFFFF
+
+
+class _Source:
+    """Maps of another size, and what has been copied from them."""
+
+    def __init__(self, old: MapSet, new: MapSet) -> None:
+        self.maps = old
+        #: Ids in the new maps by those in the old ones.
+        self.services, self.backends = _service_ids(old, new), _backend_ids(old, new)
+        #: Keys that have been copied, or need not be, by the map's name.
+        self.looked_at: dict[str, set[bytes]] = {}
+        #: The same of flows, by their state then: see ``Map.changed``.
+        self.flows: set[int] = set()
+        #: Packed origins that have been copied, as they were written, by their identity.
+        self.origins: dict[bytes, bytes] = {}
 
 
 class MapMigration:
@@ -68,57 +82,50 @@ class MapMigration:
         """``programs`` are those for ``maps``."""
         self._new = maps
         self._programs = programs
-        self._old = other_maps(pins, maps)
-        self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
-        #: Keys that have been copied, or need not be, by the map's name.
-        self._looked_at: list[dict[str, set[bytes]]] = [{} for _ in self._old]
-        #: The same of flows, by their state then: see ``Map.changed``.
-        self._flows: list[set[int]] = [set() for _ in self._old]
-        #: Packed origins that have been copied, as they were written, by their identity.
-        self._origins: list[dict[bytes, bytes]] = [{} for _ in self._old]
+        self._sources = [_Source(old, maps) for old in other_maps(pins, maps)]
         #: True as long as no program uses the new maps: this process has made them, and copies first.
         self._is_unused = not maps.adopted
         #: Conntrack entries so far.
         self.copied = 0
-        for old in self._old:
-            _copy_fragment_ids(old, maps)
-            _merge_backends(old, maps)
+        for source in self._sources:
+            _copy_fragment_ids(source.maps, maps)
+            _merge_backends(source.maps, maps)
 
     @property
     def has_others(self) -> bool:
         """True if there is something to copy from."""
-        return bool(self._old)
+        return bool(self._sources)
 
     def copy(self) -> None:
-        for number, (old, ids, copied) in enumerate(zip(self._old, self._ids, self._origins, strict=True)):
-            self._copy(number)
-            self._copy_origins(old, *ids, copied)
+        for source in self._sources:
+            self._copy(source)
+            self._copy_origins(source)
 
     def catch_up(self) -> None:
         """Copies flows until there are few that are new: to be called right before programs are swapped."""
         former = None
         for _ in range(_MOST_COPIES):
             before = self.copied
-            for number in range(len(self._old)):
-                self._copy(number)
+            for source in self._sources:
+                self._copy(source)
             found = self.copied - before
             # More copies find no fewer: as many flows begin during each of them.
             if found <= _FEW or (former is not None and found >= former):
                 return
             former = found
 
-    def _copy(self, number: int) -> None:
-        old, (services, backends), looked_at = self._old[number], self._ids[number], self._looked_at[number]
-        new, entries, now = self._new, {}, set[int]()
+    def _copy(self, source: _Source) -> None:
+        """Copies all but records of sockets."""
+        old, new, entries, now = source.maps, self._new, {}, set[int]()
         epochs = new.shared("epochs").words()
         removed = {flow_layout.unpack_departure(key) for key, _ in new["departures"].items()}
-        for entry in starmap(Entry, old["conntrack"].changed(NAT_STATE, self._flows[number], now)):
+        for entry in starmap(Entry, old["conntrack"].changed(NAT_STATE, source.flows, now)):
             value = entry.value
             if entry.use != NO_USE:
-                service = services.get(entry.use.service_id)
+                service = source.services.get(entry.use.service_id)
                 # Flows of DSR at the backend's node have a Service, but no backend.
                 is_dsr_backend = entry.use.backend_id == NO_USE.backend_id
-                backend = NO_USE.backend_id if is_dsr_backend else backends.get(entry.use.backend_id)
+                backend = NO_USE.backend_id if is_dsr_backend else source.backends.get(entry.use.backend_id)
                 if service is None or backend is None:
                     continue
                 use = BackendUse(service, backend)
@@ -129,10 +136,10 @@ class MapMigration:
             # Programs look for an entry only where the filter says so.
             _merge_filters(old, new)
             self.copied += self._put_flows(new["conntrack"], list(starmap(Entry, entries.items())))
-        self._flows[number], self._is_unused = now, False
-        self._copy_affinity(old, services, backends, looked_at)
+        source.flows, self._is_unused = now, False
+        self._copy_affinity(source)
         for name in _AS_THEY_ARE:
-            new[name].update_many(dict(_unseen(old, new, name, looked_at)))
+            new[name].update_many(dict(_unseen(source, new, name)))
 
     def _put_flows(self, flows: Map, entries: list[Entry]) -> int:
         """Returns how many were not there. A batch is faster, but replaces what programs have written."""
@@ -141,28 +148,28 @@ class MapMigration:
             return len(written) - len(flows.update_many(written))
         return sum(_put_flow(flows, each) for each in entries)
 
-    def _copy_origins(
-        self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
-    ) -> None:
+    def _copy_origins(self, source: _Source) -> None:
         """A socket whose backend is gone keeps its frontend's address, and is counted for no backend.
 
         Traffic of its connection is still counted for its Service, if that is there.
         If it is an unconnected one, it still gets its replies, and chooses anew when it sends.
         """
         epochs = self._new.shared("epochs").words()
-        removed = {flow_layout.unpack_departure(key) for key, _ in old["departures"].items()}
+        copied = source.origins
+        removed = {flow_layout.unpack_departure(key) for key, _ in source.maps["departures"].items()}
 
         def translate(origin: bytes) -> bytes:
             use = socket_layout.origin_use(origin)
-            service, backend = services.get(use.service_id, _NOTHING), backends.get(use.backend_id, _NOTHING)
+            service = source.services.get(use.service_id, NOBODY)
+            backend = source.backends.get(use.backend_id, NOBODY)
             if socket_layout.is_connected(origin):
-                began = 0 if service == _NOTHING else socket_layout.origin_began(origin)
+                began = 0 if service == NOBODY else socket_layout.origin_began(origin)
                 return socket_layout.with_origin_ids(origin, BackendUse(service, backend), began)
-            if use in removed or _NOTHING in (service, backend):
+            if use in removed or NOBODY in (service, backend):
                 return socket_layout.with_origin_ids(origin, NO_USE, 0)
             return socket_layout.with_origin_ids(origin, BackendUse(service, backend), epochs[service])
 
-        there = {socket_layout.origin_identity(origin): origin for origin in _origins(old)}
+        there = {socket_layout.origin_identity(origin): origin for origin in _origins(source.maps)}
         # A socket that has no record in the old maps any more has been closed. A connected one that has
         # another has connected again: what it had is removed first, as a program restores no second one.
         living = {socket_layout.origin_cookie(origin) for origin in there.values()}
@@ -179,23 +186,17 @@ class MapMigration:
         self._programs.restore(made.values())
         copied |= made
 
-    def _copy_affinity(
-        self,
-        old: MapSet,
-        services: dict[int, int],
-        backends: dict[int, int],
-        looked_at: dict[str, set[bytes]],
-    ) -> None:
-        entries = {}
+    def _copy_affinity(self, source: _Source) -> None:
+        old, entries = source.maps["affinity"], {}
         # Its keys have ids: one of the old maps says nothing about the same one of the new maps.
-        seen = looked_at.setdefault("affinity", set())
-        for key in old["affinity"].keys() - seen:
+        seen = source.looked_at.setdefault("affinity", set())
+        for key in old.keys() - seen:
             seen.add(key)
-            value = old["affinity"].lookup(key)
+            value = old.lookup(key)
             if value is None:
                 continue
-            service = services.get(flow_layout.affinity_service(key))
-            backend = backends.get(flow_layout.unpack_affinity(value)[0])
+            service = source.services.get(flow_layout.affinity_service(key))
+            backend = source.backends.get(flow_layout.unpack_affinity(value)[0])
             if service is not None and backend is not None:
                 now = flow_layout.with_affinity_service(key, service)
                 if self._new["affinity"].lookup(now) is None:
@@ -203,8 +204,8 @@ class MapMigration:
         self._new["affinity"].update_many(entries)
 
     def close(self) -> None:
-        while self._old:
-            self._old.pop().close()
+        while self._sources:
+            self._sources.pop().maps.close()
 
 
 def copy_drain_requests(pins: Path, maps: MapSet) -> None:
@@ -238,21 +239,20 @@ def _missing(old: MapSet, new: MapSet, name: str) -> Iterator[tuple[bytes, bytes
     return ((key, value) for key, value in old[name].items() if key not in present)
 
 
-def _unseen(
-    old: MapSet, new: MapSet, name: str, looked_at: dict[str, set[bytes]]
-) -> Iterator[tuple[bytes, bytes]]:
+def _unseen(source: _Source, new: MapSet, name: str) -> Iterator[tuple[bytes, bytes]]:
     """The same without those that an earlier call has given."""
-    if name not in looked_at:
-        seen = looked_at[name] = new[name].keys()
-        for key, value in old[name].items():
+    old = source.maps[name]
+    if name not in source.looked_at:
+        seen = source.looked_at[name] = new[name].keys()
+        for key, value in old.items():
             if key not in seen:
                 seen.add(key)
                 yield key, value
         return
-    seen = looked_at[name]
-    for key in old[name].keys() - seen:
+    seen = source.looked_at[name]
+    for key in old.keys() - seen:
         seen.add(key)
-        found = old[name].lookup(key)
+        found = old.lookup(key)
         # A program for the new maps may have made the same flow by now.
         if found is not None and new[name].lookup(key) is None:
             yield key, found

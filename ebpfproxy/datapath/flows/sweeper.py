@@ -19,20 +19,17 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.datapath.abi.hooks import SWEEP
+from ebpfproxy.datapath.abi.layout import NSEC_PER_SEC
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
-from ebpfproxy.datapath.abi.schema import FLOW_FILTER_BITS, SWEEP_BATCH
+from ebpfproxy.datapath.abi.schema import BYTES_OF_A_RUN, ENTRIES_OF_A_RUN, FLOW_FILTER_BITS, SWEEP_BATCH
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts, counters
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Family, Protocol
 
-_NS = 1_000_000_000
 #: Rows of ``limits`` in struct sweep. The fourth is of protocols that no Service has: they end at once.
 _PROTOCOLS = (Protocol.TCP, Protocol.UDP, Protocol.SCTP)
-#: A run is for so many entries, or bytes of ``flow_filter``: ``bpf/sweep.c`` says the same.
-_ENTRIES_OF_A_RUN = 8
-_BYTES_OF_A_RUN = 128 * 8
 #: A packet has to have an Ethernet header; programs do not look at it.
 _NO_PACKET = bytes(14)
 #: A sweep takes no more than this share of a CPU: after a long one there is a longer rest.
@@ -120,9 +117,9 @@ class Sweeper:
         before = {number: self._begun_and_ended(number) for number in self._busy}
         fd, key_size = self._map.fd, self._map.spec.key_size
         for count in bpf.map_lookup_batches_into(fd, self._keys, self._values, key_size, SWEEP_BATCH):
-            self._run(self._entries, count, _ENTRIES_OF_A_RUN)
+            self._run(self._entries, count, ENTRIES_OF_A_RUN)
             self._rest()
-        self._run(self._filter, (1 << FLOW_FILTER_BITS) // _BYTES_OF_A_RUN)
+        self._run(self._filter, (1 << FLOW_FILTER_BITS) // BYTES_OF_A_RUN)
         kept, deleted, removed4, removed6 = self._record.results
         self._deleted += deleted
         self._correct_loads(before, self._loads.seen(backends))
@@ -200,9 +197,9 @@ def set_timeouts(maps: MapSet, timeouts: Timeouts) -> None:
 def _limits(timeouts: Timeouts) -> list[int]:
     """``limits`` of struct sweep: nanoseconds by protocol, ``seen``, and if a flow is older than a second."""
     limits = [
-        int(timeouts.of(protocol, seen, lasted) * _NS)
+        int(timeouts.of(protocol, seen, lasted) * NSEC_PER_SEC)
         for protocol in _PROTOCOLS
         for seen in range(16)
         for lasted in (0.0, math.inf)
     ]
-    return limits + [-_NS] * 32
+    return limits + [-NSEC_PER_SEC] * 32

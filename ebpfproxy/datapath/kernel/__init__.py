@@ -1,4 +1,1 @@
-"""The kernel's bpf interface: system calls, pinned maps, features, roots, grace periods.
-
-May import ``datapath.abi``.
-"""
+"""The kernel's bpf interface: system calls, pinned maps, features, roots, grace periods."""

@@ -100,16 +100,6 @@ def map_delete(fd: int, key: bytes) -> bool:
     return True
 
 
-def map_take(fd: int, key: bytes, value_size: int) -> bytes | None:
-    """Deletes an entry of a hash and returns its value, in one step (Linux 5.14); None without one."""
-    buffer = ct.create_string_buffer(value_size)
-    result = lib.bpf_map_lookup_and_delete_elem(fd, key, buffer)
-    if result < 0 and ct.get_errno() == errno.ENOENT:
-        return None
-    check(result, "take from map")
-    return buffer.raw
-
-
 def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> int:
     """Writes ``count`` entries; returns how many were written before the first for which there is no room."""
     done = ct.c_uint32(count)

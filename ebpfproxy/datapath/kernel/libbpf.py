@@ -200,7 +200,6 @@ _ARGUMENTS = {
     "bpf_map_update_elem": (_INT, _POINTER, _POINTER, ct.c_uint64),
     "bpf_map_lookup_elem": (_INT, _POINTER, _POINTER),
     "bpf_map_delete_elem": (_INT, _POINTER),
-    "bpf_map_lookup_and_delete_elem": (_INT, _POINTER, _POINTER),
     "bpf_map_update_batch": (_INT, _POINTER, _POINTER, _POINTER, _POINTER),
     "bpf_map_delete_batch": (_INT, _POINTER, _POINTER, _POINTER),
     "bpf_map_lookup_batch": (_INT, *(_POINTER,) * 6),

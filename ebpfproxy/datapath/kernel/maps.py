@@ -12,6 +12,7 @@ from ebpfproxy.datapath.abi.schema import SIZED_VALUES, XDP_MAPS, MapSpec, map_s
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray, map_of
 from ebpfproxy.datapath.kernel.libbpf import BpfError
+from ebpfproxy.datapath.kernel.pins import pin_over
 
 #: The large arrays that an agent maps as far as its Services need them: so many elements at first.
 _FIRST_PLACES = {"backends": 1 << 14, "slots": 1 << 17, "selections": 1 << 14}
@@ -79,7 +80,7 @@ def open_or_create(pins: Path, capacity: Capacity, *, xdp: bool = True) -> MapSe
                 spec.max_entries,
                 flags=spec.flags,
             )
-            _pin(fd, path)
+            pin_over(fd, path)
         adopted |= not is_new
         maps[spec.name] = map_of(fd, spec, _FIRST_PLACES.get(spec.name), is_new=is_new)
     return MapSet(folder, maps, adopted=adopted)
@@ -99,15 +100,6 @@ def _pinned(path: Path, spec: MapSpec) -> int | None:
     return fd
 
 
-def _pin(fd: int, path: Path) -> None:
-    """Pins a map in place of what is pinned there, so that a pin is there at every moment."""
-    beside = path.with_name(f"{path.name}-new")
-    # An agent that was killed here has left it.
-    beside.unlink(missing_ok=True)
-    bpf.pin(fd, beside)
-    beside.replace(path)
-
-
 def unpinned(maps: MapSet) -> list[str]:
     """The maps that somebody has unpinned, or that have another map's pin in their place."""
     home = maps.folder / "maps"
@@ -124,7 +116,7 @@ def pin_again(maps: MapSet) -> None:
     home = maps.folder / "maps"
     home.mkdir(parents=True, exist_ok=True)
     for name in unpinned(maps):
-        _pin(maps[name].fd, home / name)
+        pin_over(maps[name].fd, home / name)
 
 
 def open_pinned(folder: Path) -> MapSet:

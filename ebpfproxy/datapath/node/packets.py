@@ -115,9 +115,10 @@ class PacketPath:
         self._xdp_devices = tuple(devices)
 
     def set_mode(self, mode: DeviceFlags) -> None:
-        """HANDOVER: TCP connections that began elsewhere are netfilter's. WAITS: no flow begins.
+        """Sets what holds for the whole node.
 
-        FLOWS_ARRIVE: flows are being copied to these maps, so that unknown segments are not rejected.
+        HANDOVER_MODE: TCP connections that began elsewhere are netfilter's. NO_NEW_FLOWS: programs create no
+        flow. MIGRATING_FLOWS: flows are being copied to these maps, and unknown segments are not rejected.
         """
         if mode != self._mode:
             self._mode = mode
@@ -170,7 +171,7 @@ def begin_nothing(maps: MapSet) -> None:
     """
     table, key = maps["devices"], U32.pack(_ANY_DEVICE)
     if (node := table.lookup(key)) is not None:
-        table.update(key, with_device_flags(node, DeviceFlags.HANDOVER | DeviceFlags.WAITS))
+        table.update(key, with_device_flags(node, DeviceFlags.HANDOVER_MODE | DeviceFlags.NO_NEW_FLOWS))
     grace = Grace()
     grace.wait()
     grace.close()

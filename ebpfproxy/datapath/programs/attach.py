@@ -14,6 +14,7 @@ import msgspec
 
 from ebpfproxy.datapath.abi.hooks import FORMER_HOOKS, OPTIONAL_HOOKS, RECORD_READERS, SOCKET_HOOKS, Hook
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.pins import beside, pin_over
 
 LINKS = "links"
 
@@ -76,7 +77,7 @@ def drop_former(pins: Path, programs: Path) -> None:
     """Detaches what :func:`attach_all` has left beside ``programs``, by this agent or one that was killed."""
     for hook in RECORD_READERS:
         path = pins / LINKS / hook.name
-        new = _beside(path)
+        new = beside(path)
         with bpf.pinned(new) as link:
             found = int(bpf.cgroup_link_info(link).prog_id) if link is not None else None
         if found is None:
@@ -85,10 +86,6 @@ def drop_former(pins: Path, programs: Path) -> None:
             new.replace(path)
         else:
             detach(new)
-
-
-def _beside(link: Path) -> Path:
-    return link.with_name(f"{link.name}-new")
 
 
 def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int, *, stays: bool = False) -> str:
@@ -100,7 +97,7 @@ def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int, *, sta
                 if info.prog_id == bpf.prog_info(program).id:
                     return ""
                 if stays:
-                    _attach(hook, _beside(link_path), program_path, cgroup)
+                    _attach(hook, beside(link_path), program_path, cgroup)
                 else:
                     bpf.link_update(link, program)
                 return "replaced"
@@ -114,14 +111,6 @@ def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int, *, sta
         finally:
             os.close(fresh)
         return "attached" if link is None else "moved"
-
-
-def pin_over(fd: int, path: Path) -> None:
-    """Replaces what is pinned there, in one step."""
-    new = _beside(path)
-    new.unlink(missing_ok=True)
-    bpf.pin(fd, new)
-    new.replace(path)
 
 
 class Drifted(NamedTuple):

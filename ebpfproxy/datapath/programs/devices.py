@@ -24,7 +24,8 @@ from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import LOOPBACK as LOOPBACK_PROGRAMS
 from ebpfproxy.datapath.abi.hooks import PACKETS, RAW_PACKETS, TCX_INGRESS, Hook, Module
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.programs.attach import LINKS, OVERTAKEN, Drifted, drift, pin_over, program_id
+from ebpfproxy.datapath.kernel.pins import NEW_SUFFIX, pin_over
+from ebpfproxy.datapath.programs.attach import LINKS, OVERTAKEN, Drifted, drift, program_id
 from ebpfproxy.netlink.rtnetlink import Rtnetlink, device_indexes
 from ebpfproxy.netlink.traffic_control import (
     EGRESS,
@@ -290,8 +291,8 @@ def _direction(hook: Hook) -> str:
 
 def _finish_pins(links: Path) -> None:
     """Brings to its place what a killed agent has pinned beside it: a device takes no program twice."""
-    for path in links.glob("tc-*-new"):
-        path.replace(path.with_name(path.name.removesuffix("-new")))
+    for path in links.glob(f"tc-*{NEW_SUFFIX}"):
+        path.replace(path.with_name(path.name.removesuffix(NEW_SUFFIX)))
 
 
 def _remove_links(links: Path, wanted: dict[int, Target]) -> list[str]:

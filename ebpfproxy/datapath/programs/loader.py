@@ -18,14 +18,13 @@ import ebpfproxy
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import FORWARDING, PACKETS, SOCKETS, Hook, Module
 from ebpfproxy.datapath.abi.layout import U32, cpus_of_a_row_shift
-from ebpfproxy.datapath.abi.schema import MAP_NAMES
+from ebpfproxy.datapath.abi.schema import MAP_NAMES, SEARCHED_SLOTS
 from ebpfproxy.datapath.kernel import bpf, extension
 from ebpfproxy.datapath.kernel.libbpf import VerifierError
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.probe import Features, may_calculate_with_pointers
 from ebpfproxy.datapath.kernel.socket_fields import NO_SOCKET_FIELDS
 from ebpfproxy.datapath.programs import bytecode, xdp_chain
-from ebpfproxy.datapath.services import slots
 from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
@@ -129,7 +128,7 @@ def recipe(sources: Path, module: Module, content: str = "") -> bytecode.Recipe:
         sources=sources,
         source=module.source,
         programs=tuple(hook.name for hook in module.programs),
-        defines=(f"-DSEARCHED_SLOTS={slots.SEARCHED}", *module.defines),
+        defines=(f"-DSEARCHED_SLOTS={SEARCHED_SLOTS}", *module.defines),
         maps=(*MAP_NAMES, WRITERS),
         constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1, 1, 1)))),
         content=content,

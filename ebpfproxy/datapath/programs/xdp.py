@@ -24,8 +24,9 @@ from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.owned import Owned
+from ebpfproxy.datapath.kernel.pins import pin_over
 from ebpfproxy.datapath.programs import xdp_chain
-from ebpfproxy.datapath.programs.attach import LINKS, Drifted, drift, pin_over, program_id
+from ebpfproxy.datapath.programs.attach import LINKS, Drifted, drift, program_id
 from ebpfproxy.datapath.programs.devices import exists
 from ebpfproxy.datapath.programs.xdp_places import (
     Dispatcher,

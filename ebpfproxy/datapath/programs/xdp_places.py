@@ -40,7 +40,8 @@ class Place(NamedTuple):
 
     @property
     def pin(self) -> str:
-        return f"xdp-{self.ifindex}-{self.mode}" + "-chained" * self.is_chained
+        alone = f"xdp-{self.ifindex}-{self.mode}"
+        return f"{alone}-chained" if self.is_chained else alone
 
 
 class XdpAttachment(NamedTuple):

@@ -4,6 +4,4 @@
 ``plan`` says what a change consists of, without a map; ``publish`` lets readers see it, in order; ``adopt``
 reads back what a start finds, and ``retirement`` frees what was replaced. Each map has one module that writes
 it (``selection_table``, ``backends``, ``frontend_table``, ``redirects``).
-
-May import ``datapath.flows``, ``datapath.kernel``, ``datapath.abi`` and the values of ``services``.
 """

@@ -20,7 +20,7 @@ from ebpfproxy.datapath.services.ids import Ids
 from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, InactiveBackends, backends_of
 from ebpfproxy.services.model import Backend, BackendState, ServicePort
 
-#: The backends of so many service ports get ids together: records of a whole first list take megabytes.
+#: How many service ports get ids for their backends together: records of a whole first list take megabytes.
 _AT_ONCE = 2048
 
 

@@ -25,7 +25,7 @@ _SHIFT = 32 - ADDRESS_FILTER_BITS
 _LOWER, _LOWEST, _LOWER_HALF = (
     (0, (0, 1), b"\xff" * 4 + bytes(4)) if sys.byteorder == "little" else (1, (7, 6), bytes(4) + b"\xff" * 4)
 )
-#: From so many on, bits are set faster as one large number.
+#: From this many on, bits are set faster as one large number.
 _MANY = 1 << 13
 
 

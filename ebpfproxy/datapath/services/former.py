@@ -11,13 +11,12 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason, unpack_departure
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.flows.map_migration import other_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.services.adopt import uses
+from ebpfproxy.datapath.services.adopt import service_names, uses
 from ebpfproxy.services.model import Backend, ServicePort, ServicePortKey
 
 Former = Mapping[ServicePortKey, Collection[Backend]]
@@ -27,7 +26,7 @@ def former_backends(pins: Path, maps: MapSet) -> Former:
     """By service port, what is chosen by maps of other sizes than these, or has something open."""
     found = dict[ServicePortKey, set[Backend]]()
     for old in other_maps(pins, maps):
-        names = dict(layout.known_names(old["service_names"].items()))
+        names = service_names(old)
         records = old.backends()
         for service_id, backend_id in _uses(old, names):
             known = records.read(backend_id)

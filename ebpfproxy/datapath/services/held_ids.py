@@ -14,7 +14,7 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 
 _BATCH = 4096
 _WORD = 4
-#: So many ids are retired until connections are looked at again, which takes a while if there are many.
+#: Connections are read again after this many ids were retired: that takes a while if there are many.
 _RETIRED = 1024
 
 

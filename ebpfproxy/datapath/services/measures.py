@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from typing import Generic, NamedTuple, TypeVar
 
-from ebpfproxy.datapath.abi.layout import PAIR, U32
+from ebpfproxy.datapath.abi.layout import NOBODY, PAIR, U32
 from ebpfproxy.datapath.abi.measure_layout import (
     CONNECT_BOUNDS,
     CONNECT_FAILURES,
     CONNECTS,
-    NOBODY,
     TRAFFIC,
     ConnectFailure,
 )

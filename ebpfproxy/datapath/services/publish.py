@@ -34,7 +34,7 @@ from ebpfproxy.datapath.services.selection_table import SelectionTable
 from ebpfproxy.services.model import ServicePortKey
 
 _PRESENT = U32.pack(1)
-#: So many are packed at a time, since all of a first list take megabytes.
+#: How many names are packed at a time, since all of a first list take megabytes.
 _NAMES = 1024
 
 

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi.schema import SEARCHED_SLOTS
 from ebpfproxy.datapath.services import maglev
 from ebpfproxy.services.model import Algorithm, Backend
 
 #: Weights that would need more slots are approximated (but each backend has one).
 MOST_SLOTS = 1 << 17
-#: Up to so many backends are searched for the least loaded one.
-SEARCHED = 16
 #: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
 _MAGLEV = Algorithm.MAGLEV
 
@@ -67,7 +66,7 @@ def slots_of(
         return ids
     if algorithm.looks_at_loads:
         weighted = array("Q", map(layout.slot, ids, weights))
-        if len(ids) <= SEARCHED:
+        if len(ids) <= SEARCHED_SLOTS:
             return weighted
         # Two are drawn by chance: by weight, or a heavy one would hardly ever be among them.
         ids = weighted

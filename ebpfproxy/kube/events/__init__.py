@@ -1,4 +1,1 @@
-"""Events as ``kubectl get events`` shows them: which are sent, and how.
-
-May import ``kube`` and ``logs``.
-"""
+"""Events as ``kubectl get events`` shows them: which are sent, and how."""

@@ -1,4 +1,1 @@
-"""List and watch: keeps one resource of the API server up to date through everything that fails.
-
-May import ``kube`` and ``logs``.
-"""
+"""List and watch: keeps one resource of the API server up to date through everything that fails."""

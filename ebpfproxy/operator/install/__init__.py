@@ -13,6 +13,5 @@
 | ``remove`` | out of the cluster: what has to be so before, and what is deleted |
 | ``node_cleanup`` | what is pinned on nodes, taken away by pods of a short life |
 
-Knows Kubernetes' objects as they are written. Must not know: BPF, maps, a node's kernel. May
-import ``operator``, ``config`` and ``services``.
+Knows Kubernetes' objects as they are written. Must not know: BPF, maps, a node's kernel.
 """

@@ -5,7 +5,7 @@ that do something are few and named after it. This package knows netfilter's too
 API's DaemonSets, nodes and pods; it does not know BPF: of the agent it reads what ``datapath.dump`` and
 ``agent.state`` say.
 
-Modules beside the two packages are what both need. They may import ``operator``.
+Modules beside the two packages are what both need.
 
 The user who calls needs more than the agent may: get, list and patch of nodes; get and patch of DaemonSets;
 get, list, create and delete of pods; get of pods' logs and ConfigMaps; list of events.

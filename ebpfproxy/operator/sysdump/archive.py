@@ -16,7 +16,7 @@ from ebpfproxy.operator.sysdump.secrets import Secrets
 
 #: Bytes of one node in the archive, and of one file before it is compressed.
 MOST, MOST_OF_FILE = 10 << 20, 4 << 20
-#: So much of :data:`MOST` is left for what comes last: heads of files, and the lines about failures.
+#: How much of :data:`MOST` is left for what comes last: heads of files, and the lines about failures.
 _RESERVE = 256 << 10
 #: With less room a file is left out.
 _WORTH = 64 << 10

@@ -10,5 +10,5 @@
 | ``in_cluster`` | the steps, and the removal of everything |
 | ``without_cluster`` | without a cluster: the Services of a folder, asked from this node |
 
-May import ``operator``, ``config``, ``services``, ``kube`` and ``netlink``. Must not know: BPF, maps.
+Must not know: BPF, maps.
 """

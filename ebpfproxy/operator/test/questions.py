@@ -10,8 +10,8 @@ from ebpfproxy.operator.api import Object
 from ebpfproxy.operator.test import objects
 from ebpfproxy.operator.test.site import Node
 
-#: So many nodes and their servers are asked by each client: its own first, then those that follow. The number
-#: of questions grows with that of nodes, not with its square.
+#: How many nodes and their servers each client asks: its own first, then those that follow. So the number of
+#: questions grows with that of nodes, not with its square.
 RING = 8
 
 DIRECT, CLUSTER_IP, NODE_PORT = "headless, direct", "ClusterIP", "NodePort"

@@ -1,4 +1,1 @@
-"""Migrates many nodes: which, in which order, and a pod on each that runs the node's steps.
-
-May import ``operator``, ``operator.migrate`` and its ``node``.
-"""
+"""Migrates many nodes: which, in which order, and a pod on each that runs the node's steps."""

@@ -29,7 +29,7 @@ from ebpfproxy.operator.names import KUBEADM_CONFIG, SYSTEM
 from ebpfproxy.operator.printing import Say
 from ebpfproxy.operator.waiting import WaitError
 
-#: So many pods plan at the same time.
+#: How many pods plan at the same time.
 AT_ONCE = 10
 #: A run on a node with very many rules may take as long.
 _RUN_SECONDS = 600.0

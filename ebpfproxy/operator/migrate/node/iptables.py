@@ -59,7 +59,7 @@ _CHAINS = {
 #: iptables-save quotes with double quotes and escapes by backslashes.
 _WORD = re.compile(r'"(?:\\.|[^"\\])*"|\S+')
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
-#: So many characters of a wrong line are shown.
+#: How many characters of a wrong line are shown.
 _SHOWN = 80
 
 

@@ -3,8 +3,8 @@
  * The first look at a packet: most packets are of no Service and of no flow of ours, as their
  * addresses tell. For those nothing else is read, and nothing is written.
  */
-#ifndef EBPFPROXY_GLANCE_H
-#define EBPFPROXY_GLANCE_H
+#ifndef EBPFPROXY_PREFILTER_H
+#define EBPFPROXY_PREFILTER_H
 
 #include "filter.h"
 #include "headers.h"

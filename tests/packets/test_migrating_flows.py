@@ -23,10 +23,10 @@ MASQUERADE_PORT, OTHER_PORT = 1500, 64999
 
 
 @pytest.fixture
-def flows_arrive(tables: MapSet) -> Iterator[None]:
+def flows_migrate(tables: MapSet) -> Iterator[None]:
     node = tables["devices"].lookup(_NODE)
     assert node is not None
-    tables["devices"].update(_NODE, with_device_flags(node, DeviceFlags.FLOWS_ARRIVE))
+    tables["devices"].update(_NODE, with_device_flags(node, DeviceFlags.MIGRATING_FLOWS))
     yield
     tables["devices"].update(_NODE, node)
 
@@ -46,7 +46,7 @@ def _to_the_node(wire: Wire, family: FamilyAddresses, source: str, port: int, pr
 
 @pytest.mark.parametrize("flags", ["A", "PA", "FA", "R", "SA"])
 def test_segments_of_unknown_connections_wait_for_their_flow(
-    wire: Wire, family: FamilyAddresses, port: int, flows_arrive: None, flags: str
+    wire: Wire, family: FamilyAddresses, port: int, flows_migrate: None, flags: str
 ) -> None:
     """The client's are not rejected, and the host does not reset the backend's; both are sent again."""
     assert _to_frontends(wire, family, port, flags) == [DROP] * 3
@@ -61,7 +61,7 @@ def test_else_they_are_rejected_or_the_hosts(wire: Wire, family: FamilyAddresses
 
 
 def test_connections_begin_meanwhile(
-    wire: Wire, family: FamilyAddresses, port: int, flows_arrive: None
+    wire: Wire, family: FamilyAddresses, port: int, flows_migrate: None
 ) -> None:
     opening = family.ip(family.client, family.node) / TCP(sport=port, dport=NODE_PORT, flags="S")
     result = wire.ingress(opening)
@@ -71,7 +71,7 @@ def test_connections_begin_meanwhile(
 
 
 def test_what_no_masqueraded_client_can_have_passes(
-    wire: Wire, family: FamilyAddresses, flows_arrive: None
+    wire: Wire, family: FamilyAddresses, flows_migrate: None
 ) -> None:
     """The host's own connections, others' segments, and datagrams, which nobody sends again."""
     assert _to_the_node(wire, family, family.remote_pod, OTHER_PORT) == PASS

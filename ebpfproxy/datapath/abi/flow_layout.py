@@ -31,8 +31,10 @@ class NatFlags(enum.IntFlag):
     #: The flow is no Service's (replies to this node's own flow, a host with an address of the Service
     #: network): nothing is translated, and there is no other half.
     OWN = 1 << 4
-    #: With HOST the client is bound to the loopback device; without it replies may need the frontend's route.
+    #: With HOST: the client is bound to the loopback device.
     BOUND = 1 << 5
+    #: Without HOST: replies may need the frontend's route.
+    ROUTED = BOUND
     #: Replies do not pass this node: DSR.
     DSR = 1 << 6
     #: The option of DSR had the frontend: what comes in is translated already.

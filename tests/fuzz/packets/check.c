@@ -49,7 +49,7 @@ void check(struct program *p, const struct frame *in, const struct result *r)
 		/* A redirect is advice that no counter has. */
 		p->dropped += !v.is_redirect;
 		if (v.has_ports)
-			note_dropped(&v);
+			note_ended(&v);
 		return;
 	}
 	if (!is_changed) {
@@ -58,6 +58,8 @@ void check(struct program *p, const struct frame *in, const struct result *r)
 	}
 	if (p->kind != KIND_XDP && is_rejection(&v, in, &w, &r->out)) {
 		p->rejected++;
+		if (v.has_ports)
+			note_ended(&v);
 		check_rejection(p, &v, &w, in, r);
 		return;
 	}

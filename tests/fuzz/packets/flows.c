@@ -26,7 +26,7 @@ struct ends quoted_ends(const struct view *v)
 			       v->inner_proto };
 }
 
-static struct ends reversed(const struct ends *e)
+struct ends reversed(const struct ends *e)
 {
 	return (struct ends) { e->dst, e->src, e->dport, e->sport, e->proto };
 }
@@ -88,4 +88,15 @@ bool is_known_translation(const struct ends *in, const struct ends *out)
 	uint64_t hash;
 
 	return *place_of(in, out, &hash) || taken >= MOST;
+}
+
+/* A flow has begun whose first packet became nobody knows what. */
+void note_begun(const struct ends *in)
+{
+	note(in, in);
+}
+
+bool has_begun(const struct ends *in)
+{
+	return is_known_translation(in, in);
 }

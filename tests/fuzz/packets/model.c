@@ -88,7 +88,6 @@ bool has_backend_port(uint16_t port)
 	return false;
 }
 
-/* With DSR a flow may have come in at another node's NodePort. */
 static bool is_node_port(uint16_t port, uint8_t proto)
 {
 	for (uint32_t i = 0; i < world.frontend_count; i++)
@@ -98,10 +97,19 @@ static bool is_node_port(uint16_t port, uint8_t proto)
 	return false;
 }
 
+/*
+ * With DSR a flow may have come in at another node's NodePort, and a filter tells which ports of
+ * this node's addresses are a backend's, of any protocol.
+ */
+static bool is_end_of_dsr(const addr *a, uint16_t port, uint8_t proto)
+{
+	return is_node_port(port, proto) || (is_here(a) && has_backend_port(port));
+}
+
 static bool is_end(const addr *a, uint16_t port, uint8_t proto)
 {
 	return find_frontend(a, port, proto) || find_backend(a, port, proto) ||
-	       (world.accepts_dsr && is_node_port(port, proto));
+	       (world.accepts_dsr && is_end_of_dsr(a, port, proto));
 }
 
 static bool has_end(const addr *a)

@@ -175,8 +175,11 @@ struct ends {
 
 struct ends ends_of(const struct view *v);
 struct ends quoted_ends(const struct view *v);
+struct ends reversed(const struct ends *e);
 void note_translation(const struct ends *in, const struct ends *out);
 bool is_known_translation(const struct ends *in, const struct ends *out);
+void note_begun(const struct ends *in);
+bool has_begun(const struct ends *in);
 
 /* mutate.c */
 
@@ -254,7 +257,7 @@ void check(struct program *p, const struct frame *in, const struct result *r);
 
 /* translation.c */
 
-void note_dropped(const struct view *v);
+void note_ended(const struct view *v);
 void check_translation(struct program *p, const struct view *v, const struct frame *in,
 		       const struct result *r);
 

@@ -56,12 +56,14 @@ static void check_inner(const struct program *p, const struct view *v, const str
 	}
 }
 
-/* Notes what may have become of a packet that was dropped after its flow had begun. */
-void note_dropped(const struct view *v)
+/* Notes what may have become of a packet that was dropped or rejected after its flow had begun. */
+void note_ended(const struct view *v)
 {
 	const struct endpoint *from = find_frontend(&v->dst, v->dport, v->proto);
 	const struct ends before = ends_of(v);
 
+	if (from || find_backend(&v->dst, v->dport, v->proto))
+		note_begun(&before);
 	for (uint32_t i = 0; from && i < world.backend_count; i++) {
 		const struct endpoint *to = &world.backends[i];
 		struct ends after = before;
@@ -97,6 +99,24 @@ static bool is_other_source(const struct ends *before, const struct ends *after)
 	return find_backend(&before->dst, before->dport, before->proto) &&
 	       same_addr(&before->dst, &after->dst) && before->dport == after->dport &&
 	       (same_addr(&before->src, &after->src) || is_own(&after->src));
+}
+
+/*
+ * Says if a reply of one of a Service's backends is translated to a client whose packet has begun
+ * the flow, with one of our ports, but did not leave: it was dropped, or has yet to pass the device
+ * where it is masqueraded.
+ */
+static bool answers_early(const struct ends *before, const struct ends *after)
+{
+	const struct ends request = reversed(after);
+	const struct endpoint *from = find_frontend(&request.dst, request.dport, request.proto);
+	const struct endpoint *to = find_backend(&before->src, before->sport, before->proto);
+
+	if (!has_begun(&request) || !to || !is_own(&before->dst) ||
+	    (!is_masquerade_port(before->dport) && before->dport != after->dport))
+		return false;
+	return from ? from->service == to->service
+		    : same_addr(&before->src, &after->src) && before->sport == after->sport;
 }
 
 /* Says if a request got one of this node's addresses, and not only kept one. */
@@ -143,7 +163,7 @@ static void check_ends(struct program *p, const struct view *v, const struct vie
 			check_sent_option(p, v, is_known, in, r);
 		}
 	}
-	if (is_known)
+	if (is_known || answers_early(&before, &after))
 		return;
 	if (!frontend && !is_other_source(&before, &after)) {
 		violated(RULE_ENDS, p, in, r);
@@ -153,6 +173,7 @@ static void check_ends(struct program *p, const struct view *v, const struct vie
 	    (v->sport != w->sport && !is_masquerade_port(w->sport)))
 		violated(RULE_SOURCE, p, in, r);
 	note_translation(&before, &after);
+	note_begun(&after);
 }
 
 /* An ICMP error is about a packet of a flow, whose sender gets it. */
@@ -167,7 +188,8 @@ static void check_quoted_ends(const struct program *p, const struct view *v, con
 
 	/* Where a client is to be masqueraded, an error may be earlier than the packet. */
 	if (!w->is_error ||
-	    (!is_known_translation(&before, &after) && !is_other_source(&before, &after)) ||
+	    (!is_known_translation(&before, &after) && !is_other_source(&before, &after) &&
+	     !answers_early(&before, &after)) ||
 	    (same_addr(&v->dst, &v->inner_src) && !same_addr(&w->dst, &w->inner_src)))
 		violated(RULE_ENDS, p, in, r);
 }

@@ -31,9 +31,9 @@ class NatFlags(enum.IntFlag):
     #: The flow is no Service's (replies to this node's own flow, a host with an address of the Service
     #: network): nothing is translated, and there is no other half.
     OWN = 1 << 4
-    #: With HOST: the client is bound to the loopback device.
+    #: This host is the client, and bound to the loopback device.
     BOUND = 1 << 5
-    #: Without HOST: replies may need the frontend's route.
+    #: The client is another, and its replies may need the frontend's route.
     ROUTED = BOUND
     #: Replies do not pass this node: DSR.
     DSR = 1 << 6

@@ -186,10 +186,12 @@ static void check_quoted_ends(const struct program *p, const struct view *v, con
 	const struct ends after = { becomes.dst, becomes.src, becomes.dport, becomes.sport,
 				    becomes.proto };
 
+	const struct ends reply = reversed(&after), answered = reversed(&before);
+
 	/* Where a client is to be masqueraded, an error may be earlier than the packet. */
 	if (!w->is_error ||
 	    (!is_known_translation(&before, &after) && !is_other_source(&before, &after) &&
-	     !answers_early(&before, &after)) ||
+	     !answers_early(&before, &after) && !answers_early(&reply, &answered)) ||
 	    (same_addr(&v->dst, &v->inner_src) && !same_addr(&w->dst, &w->inner_src)))
 		violated(RULE_ENDS, p, in, r);
 }

@@ -76,16 +76,22 @@ void note_ended(const struct view *v)
 	}
 }
 
+/* Says if a frontend's Service has a backend there: several may share one. */
+static bool is_backend_of(const struct endpoint *frontend, const addr *a, uint16_t port)
+{
+	for (uint32_t i = 0; i < world.backend_count; i++)
+		if (world.backends[i].service == frontend->service &&
+		    same_addr(&world.backends[i].a, a) && world.backends[i].port == port)
+			return true;
+	return false;
+}
+
 /* Returns the frontend of a packet that becomes one to a backend of its Service, else NULL. */
 static const struct endpoint *requested(const struct view *v, const struct view *w)
 {
 	const struct endpoint *from = find_frontend(&v->dst, v->dport, v->proto);
 
-	for (uint32_t i = 0; from && i < world.backend_count; i++)
-		if (world.backends[i].service == from->service &&
-		    same_addr(&world.backends[i].a, &w->dst) && world.backends[i].port == w->dport)
-			return from;
-	return NULL;
+	return from && is_backend_of(from, &w->dst, w->dport) ? from : NULL;
 }
 
 static bool is_masquerade_port(uint16_t port)
@@ -110,12 +116,11 @@ static bool answers_early(const struct ends *before, const struct ends *after)
 {
 	const struct ends request = reversed(after);
 	const struct endpoint *from = find_frontend(&request.dst, request.dport, request.proto);
-	const struct endpoint *to = find_backend(&before->src, before->sport, before->proto);
 
-	if (!has_begun(&request) || !to || !is_own(&before->dst) ||
+	if (!has_begun(&request) || !is_own(&before->dst) ||
 	    (!is_masquerade_port(before->dport) && before->dport != after->dport))
 		return false;
-	return from ? from->service == to->service
+	return from ? is_backend_of(from, &before->src, before->sport)
 		    : same_addr(&before->src, &after->src) && before->sport == after->sport;
 }
 

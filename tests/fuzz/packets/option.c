@@ -120,8 +120,12 @@ bool check_option(struct program *p, const struct view *v, const struct frame *i
 
 	if (r->verdict == 2 && !(right & DROPPED))
 		violated(RULE_DROPPED, p, in, r);
-	if (r->verdict == 2)
+	if (r->verdict == 2) {
+		/* Its flow may have begun. */
+		if (right & STRIPPED)
+			note_option(v);
 		return false;
+	}
 	if (r->verdict == -1 && is_same(in, &r->out)) {
 		if (!(right & PASSES))
 			violated(right == DROPPED ? RULE_OPTION_REFUSED : RULE_OPTION_TAKEN, p, in,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.programs import ProgramManager
-from ebpfproxy.agent.serving import Serving
 from ebpfproxy.datapath.node.packets import PacketDevice
 from ebpfproxy.datapath.programs.devices import Target
 from ebpfproxy.datapath.programs.xdp import XdpDevice
 from ebpfproxy.datapath.services.writer import Writer
+from ebpfproxy.health.node_port import NodePortHealth
 from ebpfproxy.logs import get_logger
 from ebpfproxy.node.facts import Facts, NodeFacts
 from ebpfproxy.node.local import LocalMode
@@ -29,14 +29,14 @@ class NodeNetwork:
         writer: Writer,
         programs: ProgramManager,
         node_facts: NodeFacts,
-        serving: Serving,
+        node_port_health: NodePortHealth,
     ) -> None:
         """``node_facts``: what is known of the Node object before it is read."""
         self._options = options
         self._writer = writer
         self._programs = programs
         self._packets = programs.packets
-        self._serving = serving
+        self._node_port_health = node_port_health
         self._facts = Facts()
         self.node_facts = node_facts
         self._devices: dict[int, Device] = {}
@@ -101,9 +101,7 @@ class NodeNetwork:
         self._log_roles(network.devices)
         self._writer.set_own_addresses(network.addresses, network.answered)
         self._writer.set_node_addresses(node_ports)
-        self._serving.node_port_health.set_addresses(
-            node_ports if self._options.node_port_addresses else None
-        )
+        self._node_port_health.set_addresses(node_ports if self._options.node_port_addresses else None)
         self._writer.set_primary_addresses(network.primary)
         self._set_devices(network)
         self._programs.devices_changed()

@@ -180,6 +180,7 @@ class Agent:
             record=source.record,
         )
         self._open(features)
+        self._network = self._node_network()
         self._drift = self._drift_check()
         self._local = LocalServer(
             local_pages.pages(self._messages, self._tracker, self._drift, self._configz, self._metrics.render)
@@ -258,10 +259,6 @@ class Agent:
         self._programs = ProgramManager(
             options, self._maps, pins, features, background, handover=self._handover
         )
-        # What is known of the node stays while the API server is away.
-        last = state.load_latest(pins)
-        known = last.node_facts if last is not None and last.node == options.node_name else NodeFacts()
-        self._network = NodeNetwork(options, self._writer, self._programs, known, self._serving)
         copy_drain_requests(pins, self._maps)
         self._drain = DrainRequests(Drained(self._maps), self._tracker)
         self._tracing = TracingFollower(options, self._maps, self._programs, self._tracker, background)
@@ -271,6 +268,13 @@ class Agent:
             service_ports=self._writer.service_ports,
             backends=self._writer.backends,
         )
+
+    def _node_network(self) -> NodeNetwork:
+        """What is known of the node stays while the API server is away."""
+        options = self._options
+        last = state.load_latest(roots.pin_folder(options.bpf_root))
+        known = last.node_facts if last is not None and last.node == options.node_name else NodeFacts()
+        return NodeNetwork(options, self._writer, self._programs, known, self._serving.node_port_health)
 
     def _drift_check(self) -> DriftCheck:
         return DriftCheck(

@@ -462,21 +462,15 @@ def _flows(cluster: TwoNodeCluster) -> set[str]:
     return {f"{each['client']} {each['frontend']}" for each in flows}
 
 
-def _status(cluster: TwoNodeCluster) -> dict[str, Any]:
-    """What the command says once it knows of no problem: the record of a start is written after the log's line."""
-    found: dict[str, Any] = {}
-
-    def has_no_problems() -> bool:
-        found.update(json.loads(cluster.a.cli("status", "-o", "json")))
-        return not found["problems"]
-
-    until(has_no_problems, "the agent has problems")
-    return found
+def _devices(cluster: TwoNodeCluster) -> list[dict[str, Any]]:
+    """Once ``status`` knows of no problem: the record of a start is written after the log's line."""
+    until(lambda: not json.loads(cluster.a.cli("status", "-o", "json"))["problems"], "problems")
+    return list(json.loads(cluster.a.cli("status", "-o", "json"))["devices"])
 
 
 def test_lo_has_one_egress_program_and_other_packets_create_no_flow(cluster: TwoNodeCluster) -> None:
     """Packets on lo that belong to no Service create no conntrack entry."""
-    found = [each for each in _status(cluster)["devices"] if each["device"] == "lo"]
+    found = [each for each in _devices(cluster) if each["device"] == "lo"]
     assert [(each["directions"], each["role"]) for each in found] == [(["egress"], "loopback")]
     before = _flows(cluster)
     assert cluster.a.call(_ask, Request(TCP, "127.0.0.1", 8080, BY_ADDRESS)) == "host"
@@ -488,7 +482,7 @@ def test_no_localhost_node_ports_detaches_the_program_of_lo(cluster: TwoNodeClus
     """With localhostNodePorts off, lo has no program and serves no NodePort."""
     cluster.lab.agents[-1].stop()
     cluster.agent("--no-localhost-nodeports").start()
-    assert "lo" not in [each["device"] for each in _status(cluster)["devices"]]
+    assert "lo" not in [each["device"] for each in _devices(cluster)]
     request = Request(TCP, "127.0.0.1", NODE_PORTS["w2"], BY_ADDRESS)
     assert cluster.a.call(_ask, request) == "ECONNREFUSED"
     assert cluster.a.call(_ask, Request(TCP, cluster.a.address, NODE_PORTS["host"], BY_ADDRESS)) == "host"

@@ -33,7 +33,7 @@ MARKS = [
 #: A step that a process makes again and again is one step after so many times.
 _TIMES = 3
 #: A run in a hurry takes one of so many steps; the parts together take each once.
-EVERY = int(os.environ.get("EBPFPROXY_FAULTSEVERY", "1"))
+EVERY = int(os.environ.get("EBPFPROXY_FAULTS_EVERY", "1"))
 _PART = int(os.environ.get("EBPFPROXY_FAULTS_PART", "0"))
 #: Kinds of steps that change what programs there are: one of each in every run of the tests.
 SAMPLED = frozenset({"PROG_LOAD", "OBJ_PIN", "LINK_UPDATE"})

@@ -135,6 +135,8 @@ def test_agent_killed_at_every_step_of_a_change_of_map_sizes(faulted: Faulted) -
 @pytest.mark.faults
 def test_agent_killed_at_every_step_of_an_update(faulted: Faulted) -> None:
     """kill -9 at every system call of a change of endpoints and of Services, by a running agent."""
+    # The load begins with programs that serve it.
+    faulted.agent().start().kill()
     ladder, made = Ladder(KILL), changes(faulted)
     with faulted.under_load("kill -9 at every step of an update"):
         while True:
@@ -167,6 +169,7 @@ def test_agent_killed_at_every_store_of_an_update(faulted: Faulted, tmp_path: Pa
     done = tmp_path / "done"
     environment = {**os.environ, "EBPFPROXY_LINES_DONE": str(done)}
     made = changes(faulted)
+    faulted.agent().start().kill()
     with faulted.under_load("kill -9 at every store of an update"):
         while True:
             agent = faulted.agent().start(module="tests.faults.lines", env=environment)

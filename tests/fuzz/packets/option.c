@@ -130,7 +130,8 @@ bool check_option(struct program *p, const struct view *v, const struct frame *i
 		if (!(right & PASSES))
 			violated(right == DROPPED ? RULE_OPTION_REFUSED : RULE_OPTION_TAKEN, p, in,
 				 r);
-		else if (right != PASSES)
+		/* A fragment keeps the option, whether it begins a flow or not. */
+		else if (right != PASSES || v->is_fragment)
 			note_option(v);
 		return false;
 	}

@@ -257,7 +257,7 @@ void check(struct program *p, const struct frame *in, const struct result *r);
 
 /* translation.c */
 
-void note_ended(const struct view *v);
+void note_unseen(const struct view *v);
 void check_translation(struct program *p, const struct view *v, const struct frame *in,
 		       const struct result *r);
 

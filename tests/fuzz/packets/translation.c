@@ -56,8 +56,8 @@ static void check_inner(const struct program *p, const struct view *v, const str
 	}
 }
 
-/* Notes what may have become of a packet that was dropped or rejected after its flow had begun. */
-void note_ended(const struct view *v)
+/* Notes what may become of a packet of a flow that begins where nobody can see how. */
+void note_unseen(const struct view *v)
 {
 	const struct endpoint *from = find_frontend(&v->dst, v->dport, v->proto);
 	const struct ends before = ends_of(v);
@@ -73,6 +73,8 @@ void note_ended(const struct view *v)
 		after.dst = to->a;
 		after.dport = to->port;
 		note_translation(&before, &after);
+		/* It may have been masqueraded, too. */
+		note_begun(&after);
 	}
 }
 

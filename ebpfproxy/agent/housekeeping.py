@@ -150,7 +150,14 @@ class Housekeeping:
         tcp = self._options.stale_tcp
         self._background(
             lambda: end_stale_sockets(
-                self._maps, self._grace, removed, tcp, lost=lost, redirect=self._redirect, reports=reports
+                self._maps,
+                self._grace,
+                removed,
+                tcp,
+                is_removed=self._writer.is_removed,
+                lost=lost,
+                redirect=self._redirect,
+                reports=reports,
             ),
             self._sockets_ended,
         )

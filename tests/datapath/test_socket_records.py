@@ -10,22 +10,25 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.config.datapath import Capacity, StaleTcp
 from ebpfproxy.datapath.abi import socket_layout
-from ebpfproxy.datapath.abi.flow_layout import BackendUse
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason
 from ebpfproxy.datapath.abi.hooks import RECORDS
 from ebpfproxy.datapath.abi.layout import U32, U64, pack_address, pack_name
 from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEER, OriginKind
 from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
+from ebpfproxy.datapath.flows.origins import stale_sockets
 from ebpfproxy.datapath.flows.peers import recorded_removals
 from ebpfproxy.datapath.flows.record_programs import RecordPrograms
+from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs import loader
 from ebpfproxy.netlink import sock_diag
-from ebpfproxy.services.model import Family, Protocol, ServicePortKey
+from ebpfproxy.services.model import Backend, BackendState, Family, Protocol, ServicePortKey
 from tests.datapath.test_loading import OPTIONS
+from tests.datapath.writing import set_load
 
 pytestmark = pytest.mark.root
 
@@ -178,3 +181,25 @@ def test_a_cookie_that_the_kernel_counts_down_loses_its_highest_byte() -> None:
     kind = OriginKind.CONNECTED
     assert sock_diag._cookie(name) == socket_layout.origin_cookie(packed) == 0x00FFFFFFFFFFFFFE
     assert socket_layout.is_connected(socket_layout.origin_key(sock_diag._cookie(name), kind))
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_sockets_whose_backend_has_come_back_are_not_stale(
+    pins: Path, stack: ExitStack, *, is_removed: bool
+) -> None:
+    """They may have connected since then."""
+    sockets = Sockets(pins, stack, 64)
+    backend = Backend(BACKEND, 8053, Protocol.UDP)
+    sockets.maps.backends().write(USE.backend_id, backend, BackendState.ACTIVE)
+    assert sockets.programs.restore([origin(FRONTEND, BACKEND)]) == 1
+    set_load(sockets.maps, USE.backend_id, sockets_opened=1)
+    removed = {USE: Removal(RemovalReason.IDLE, 0)}
+    asked: list[BackendUse] = []
+
+    def still_removed(use: BackendUse) -> bool:
+        asked.append(use)
+        return is_removed
+
+    found = stale_sockets(sockets.maps, removed, StaleTcp.GONE, is_removed=still_removed)
+    assert asked == [USE]
+    assert found == ({backend: {COOKIE}} if is_removed else {})

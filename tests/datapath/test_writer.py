@@ -11,6 +11,7 @@ import pytest
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import backend_ids
+from ebpfproxy.datapath.abi.flow_layout import unpack_departure
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.services.selection_table import NO_SLOTS
 from ebpfproxy.services.model import (
@@ -124,6 +125,26 @@ def test_backend_whose_removal_was_interrupted_becomes_active_again(bench: Bench
         writer.apply([port("a", [])])
     bench.reopen().apply([port("a", [1])], complete=True)
     assert seen_rows(bench.rows) == expected_rows({port("a", [1]).key: port("a", [1])})
+
+
+def test_backend_that_has_come_back_is_not_removed_any_more_when_it_can_be_chosen(bench: Bench) -> None:
+    """The sweep ends all flows of a removed backend, and an agent may be killed after any write."""
+    writer = bench.empty()
+    writer.apply([port("a", [1, 2])], complete=True)
+    writer.apply([port("a", [2], idle=[1])])
+    assert bench.maps is not None
+    ((_, number),) = map(unpack_departure, bench.maps["departures"].keys())
+    assert bench.records[number][0] == backend(1)
+    with (
+        patch.object(bench.maps["departures"], "delete", side_effect=KilledError),
+        pytest.raises(KilledError),
+    ):
+        writer.apply([port("a", [1, 2])])
+    assert number not in dict(bench.slots(0, Policy.CLUSTER))
+    writer = bench.reopen()
+    writer.apply([port("a", [1, 2])], complete=True)
+    assert number in dict(bench.slots(0, Policy.CLUSTER))
+    assert not bench.maps["departures"].keys()
 
 
 def test_change_of_weights_or_algorithm_replaces_slots(bench: Bench) -> None:

@@ -38,15 +38,18 @@ def stale_sockets(
     tcp: StaleTcp,
     lost: Collection[LostFrontend] = (),
     *,
+    is_removed: Callable[[BackendUse], bool],
     rest: Callable[[], None] = lambda: None,
 ) -> dict[Backend, set[int]]:
     """Cookies of the sockets that were translated to backends which their service has lost, by backend.
 
     Datagram sockets are among them whatever ``tcp`` says: they have no connection to lose, and would send to
-    nobody; so are those whose frontend their service has ``lost``. ``rest`` is called between batches.
+    nobody; so are those whose frontend their service has ``lost``. ``is_removed``: says if a backend is still
+    removed; sockets may have chosen one that has come back. ``rest`` is called between batches.
     """
     wanted = _with_sockets(maps, removed, tcp)
     found: dict[Backend, set[int]] = {}
+    of_removed: dict[BackendUse, dict[Backend, set[int]]] = {}
     losers = {each.service_id for each in lost}
     if not wanted and not losers:
         return found
@@ -56,11 +59,18 @@ def stale_sockets(
             if protocol is None and use[0] not in losers:
                 continue
             origin = origins[place * socket_layout.ORIGIN.size :][: socket_layout.ORIGIN.size]
-            if protocol is None and _has_lost(use[0], origin, lost):
-                protocol = Protocol.UDP
             if protocol is not None:
-                backend = Backend(*socket_layout.origin_backend(origin), protocol)
-                found.setdefault(backend, set()).add(socket_layout.origin_cookie(origin))
+                sockets = of_removed.setdefault(BackendUse(*use), {})
+            elif _has_lost(use[0], origin, lost):
+                protocol, sockets = Protocol.UDP, found
+            else:
+                continue
+            backend = Backend(*socket_layout.origin_backend(origin), protocol)
+            sockets.setdefault(backend, set()).add(socket_layout.origin_cookie(origin))
+    # Those that have been found chose a backend before this question.
+    for removal, sockets in of_removed.items():
+        for backend, cookies in sockets.items() if is_removed(removal) else ():
+            found.setdefault(backend, set()).update(cookies)
     return found
 
 

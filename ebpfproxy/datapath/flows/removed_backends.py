@@ -43,14 +43,21 @@ class RemovedBackends:
     def __bool__(self) -> bool:
         return bool(self._known)
 
-    def note(self, service_id: int, back: Set[int], gone: Mapping[int, RemovalReason]) -> None:
-        """Tells flows of a service which of its backends they must leave, and which have come back."""
+    def withdraw(self, service_id: int, back: Set[int]) -> None:
+        """Tells flows of a service which of its backends have come back.
+
+        This comes before any program can choose them: the sweep and the search for stale sockets end what
+        uses a removed backend, also what has just begun.
+        """
         for number in back if self._known else ():
             use = BackendUse(service_id, number)
             if self._known.pop(use, None) is not None:
                 self._fresh.pop(use, None)
                 self._unwritten.discard(use)
                 self._map.delete(pack_departure(use))
+
+    def note(self, service_id: int, gone: Mapping[int, RemovalReason]) -> None:
+        """Tells flows of a service which of its backends they must leave."""
         if not gone:
             return
         removals = {
@@ -83,6 +90,10 @@ class RemovedBackends:
         """Returns the removals since the last call; the first call also returns those of an earlier agent."""
         taken, self._fresh = self._fresh, {}
         return taken
+
+    def has(self, use: BackendUse) -> bool:
+        """Says if the backend is still removed from the service. Any thread may ask."""
+        return use in self._known
 
     @property
     def current(self) -> dict[BackendUse, Removal]:

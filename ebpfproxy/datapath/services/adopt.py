@@ -116,5 +116,5 @@ def _absent(services: Set[int], backends: Backends, removed: RemovedBackends) ->
     there = backends.known({n for absent in found.values() for n in absent}) if found else set()
     for number, absent in found.items():
         if lost := absent - there if number in services else absent:
-            removed.note(number, NO_IDS, dict.fromkeys(lost, RemovalReason.GONE))
+            removed.note(number, dict.fromkeys(lost, RemovalReason.GONE))
     return {number: frozenset(absent & there) for number, absent in found.items() if number in services}

@@ -4,13 +4,15 @@ Before a change is published, its new backends and slots are written where no pr
 
 1. *Names*: a start that finds an id also finds its service port, even after a kill in the middle.
 2. *Members*: session affinity keeps a client with members only, so a backend is one before it can be chosen.
-3. *Selections*: one word for all frontends of a service port and a policy. A reader sees the old set or the
+3. *Returns*: a backend that has come back is no longer removed before it can be chosen, or what begins with
+   it would be ended with what had to leave it.
+4. *Selections*: one word for all frontends of a service port and a policy. A reader sees the old set or the
    new one, never a mixture; everything that the word leads to is in place.
-4. *Members that go*, and *states* of backends: nothing chooses them any more.
-5. *Removals*: flows are told to leave a backend. Not earlier, or they could choose the same once more.
-6. *Source ranges*, then *frontends*: a frontend is found only when its selection and its ranges are there. A
+5. *Members that go*, and *states* of backends: nothing chooses them any more.
+6. *Removals*: flows are told to leave a backend. Not earlier, or they could choose the same once more.
+7. *Source ranges*, then *frontends*: a frontend is found only when its selection and its ranges are there. A
    frontend that moves to another Service is overwritten, and never missing.
-7. *Frontends that go*, then their source ranges: a client that still finds one is checked.
+8. *Frontends that go*, then their source ranges: a client that still finds one is checked.
 
 What was replaced is retired by the writer: ids and ranges are used again after a grace period, when no
 program can still hold them.
@@ -67,9 +69,11 @@ class Publisher:
         self._close(change)
 
     def publish_sets(self, change: Change) -> None:
-        """Steps 1 to 5, which say what there is to choose from. They are taken out of ``change``."""
+        """Steps 1 to 6, which say what there is to choose from. They are taken out of ``change``."""
         self._write_names(change)
         self._write_members(change)
+        for each in change.removals:
+            self._removed_backends.withdraw(each.service_id, each.back)
         self._selections.select(change.selections)
         self.has_freed |= bool(change.excluded)
         for member in change.excluded:
@@ -78,10 +82,12 @@ class Publisher:
         self.settle(change)
 
     def settle(self, change: Change) -> None:
-        """Steps 4 and 5, of states and removals."""
+        """Steps 5 and 6, of states and removals."""
         self._backends.settle()
-        for removals in change.removals:
-            self._removed_backends.note(*removals)
+        for each in change.removals:
+            # It may have been removed by the same change.
+            self._removed_backends.withdraw(each.service_id, each.back)
+            self._removed_backends.note(each.service_id, each.removed)
         change.removals = []
 
     def _write_names(self, change: Change) -> None:
@@ -112,7 +118,7 @@ class Publisher:
             change.refused.append((service_id, "no room in members"))
 
     def _open(self, change: Change) -> None:
-        """Step 6."""
+        """Step 7."""
         packed = {layout.pack_source_range(*each): _PRESENT for each in change.sources}
         for key in self._sources.update_many(packed):
             service_id, prefix = layout.unpack_source_range(key)
@@ -123,7 +129,7 @@ class Publisher:
             change.refused.append((change.entries[frontend].id, problem))
 
     def _close(self, change: Change) -> None:
-        """Step 7."""
+        """Step 8."""
         self.has_freed |= bool(change.withdrawn or change.closed)
         for service_id, key in change.withdrawn:
             self._frontends.withdraw(service_id, key)

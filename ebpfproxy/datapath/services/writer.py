@@ -350,6 +350,10 @@ class Writer:
         """Those since the last call; the first call also returns those of an earlier agent."""
         return self._removed_backends.take_fresh()
 
+    def is_removed(self, use: BackendUse) -> bool:
+        """Says if a backend is still removed from a service: it may have come back. Any thread may ask."""
+        return self._removed_backends.has(use)
+
     def forget_removed_backends(self, ended: Mapping[BackendUse, Removal]) -> None:
         """Forgets removals: nothing is open to their backends any more."""
         self._removed_backends.forget(ended)

@@ -61,6 +61,26 @@ static __always_inline bool is_of_removed(const struct flow *flow, const struct 
 	return has_departed(nat->service_id, nat->backend_id, flow->proto == IPPROTO_TCP);
 }
 
+/*
+ * Claims the entry of a reply direction, of which @copy is a copy, so that no other flow gets its
+ * port before it is deleted by its key: it would be that flow's by then. An entry that a program at
+ * a packet has claimed stays until the next sweep: that program has replaced it by then, unless it
+ * failed, or claimed an element that just got this entry.
+ */
+static __always_inline bool claim_reply(const struct sweep *s, struct nat *nat,
+					const struct nat *copy)
+{
+	const u32 marks = s->mark & FLOW_MARKS;
+
+	_Static_assert(SEEN_LEFT_1 << 1 == SEEN_LEFT_2, "one product");
+	if (claim_entry(nat))
+		return is_same_entry(nat, copy);
+	if (copy->seen & (marks ^ FLOW_MARKS) * SEEN_LEFT_1)
+		return true;
+	mark_seen(nat, marks * SEEN_LEFT_1);
+	return false;
+}
+
 static __always_inline void delete_entry(struct sweep *s, const struct flow *key)
 {
 	if (!map_delete(conntrack, key))
@@ -126,22 +146,27 @@ static __always_inline void count_ended(struct sweep *s, const struct flow *key,
 static __always_inline enum outcome end_if_over(struct sweep *s, const struct flow *key)
 {
 	const struct nat *nat = &s->nat, *partner = &s->partner;
+	struct nat *in_map = conntrack_read(key, &s->nat), *other = NULL;
 	bool is_removed, has_partner;
 	u8 seen, lasting;
 
-	if (!conntrack_read(key, &s->nat))
+	if (!in_map)
 		return GONE;
 	is_removed = is_of_removed(key, nat);
 	if (!is_removed && !is_silent(s, key, nat, nat->seen))
 		return KEPT;
 	partner_key(&s->partner_key, key, nat);
-	has_partner = !(nat->flags & NAT_OWN) && conntrack_read(&s->partner_key, &s->partner) &&
-		      is_reverse(partner, key);
+	if (!(nat->flags & NAT_OWN))
+		other = conntrack_read(&s->partner_key, &s->partner);
+	has_partner = other && is_reverse(partner, key);
 	seen = lasting = nat->seen | partner->seen;
 	if (nat->flags & NAT_REPLY ? is_half_open(key, partner, nat)
 				   : is_half_open(key, nat, partner))
 		lasting &= ~SEEN_REPLY;
 	if (!is_removed && has_partner && !is_silent(s, &s->partner_key, partner, lasting))
+		return KEPT;
+	if (nat->flags & NAT_REPLY ? !claim_reply(s, in_map, nat)
+				   : has_partner && !claim_reply(s, other, partner))
 		return KEPT;
 	delete_entry(s, key);
 	if (has_partner)

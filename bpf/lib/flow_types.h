@@ -41,7 +41,10 @@ struct flow {
 #define SEEN_FIN       (1 << 1) /* of the client */
 #define SEEN_REPLY_FIN (1 << 2)
 #define SEEN_RST       (1 << 3)
-#define SEEN_CLAIMED   (1 << 4) /* no packet, but a CPU that replaces the entry */
+#define SEEN_CLAIMED   (1 << 4) /* no packet, but a CPU that replaces or deletes the entry */
+/* Nor are these: a sweep has found it claimed. Sweeps take turns with two marks: see filter.h. */
+#define SEEN_LEFT_1 (1 << 5)
+#define SEEN_LEFT_2 (1 << 6)
 
 /*
  * Conntrack: what a flow is rewritten to. Entries come in pairs, one for each direction: the

@@ -48,8 +48,11 @@ class Seen(enum.IntFlag):
     FIN = 1 << 1
     REPLY_FIN = 1 << 2
     RST = 1 << 3
-    #: No packet, but a program that replaces the entry.
+    #: No packet, but a program that replaces or deletes the entry.
     CLAIMED = 1 << 4
+    #: Nor are these: a sweep has found it claimed.
+    LEFT_1 = 1 << 5
+    LEFT_2 = 1 << 6
 
 
 AFFINITY_KEY = struct.Struct("=16sII")

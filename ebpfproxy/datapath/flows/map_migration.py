@@ -52,6 +52,8 @@ _READ = frozenset(
 )
 #: A copy of so few entries takes no longer than the swap of programs.
 _FEW = 64
+#: Bits of an entry that are about its element.
+_CLAIMS = Seen.CLAIMED | Seen.LEFT_1 | Seen.LEFT_2
 #: Connections begin at any rate, and a swap cannot wait for a pause for ever.
 _MOST_COPIES = 20
 
@@ -280,7 +282,7 @@ def _put_flow(flows: Map, entry: Entry) -> bool:
 
 def _unclaimed(entry: Entry) -> Entry:
     """Whichever program is about to replace an entry, it does so in its own map only."""
-    return Entry(entry.key, entry.with_seen(entry.seen & ~Seen.CLAIMED))
+    return Entry(entry.key, entry.with_seen(entry.seen & ~_CLAIMS))
 
 
 def _service_ids(old: MapSet, new: MapSet) -> dict[int, int]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ipaddress
 import os
 import random
+from contextlib import closing
 
 import pytest
 from scapy.layers.inet import TCP
 
 from ebpfproxy.datapath.abi.flow_layout import Entry, NatFlags, Seen
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
-from ebpfproxy.datapath.flows.conntrack_table import counters
+from ebpfproxy.datapath.flows.conntrack_table import Timeouts, counters
+from ebpfproxy.datapath.flows.sweeper import Sweeper
+from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.datapath.test_pressure import OnOtherCpu, on_cpu
-from tests.packets.early_drop.clients import COUNT, TARGETS, Client, Clients
+from tests.packets.early_drop.clients import COUNT, TARGETS, Client, Clients, Part, part_of
 from tests.packets.packet_cluster import PORTS, FamilyAddresses
 from tests.packets.test_flows import ends_of, segment
 from tests.packets.wire import DROP, REDIRECT, Wire
@@ -276,3 +279,28 @@ def _expect_owners(clients: Clients, family: FamilyAddresses) -> None:
         assert Entry(entry.partner, entries[entry.partner]).partner == entry.key
     ports = [entry.nat.source_port for entry in owners]
     assert len(set(ports)) == len(ports) > 0
+
+
+def test_port_that_is_claimed_is_not_freed_by_the_sweep_that_finds_it_so(
+    clients: Clients, tables: MapSet
+) -> None:
+    """The sweep deletes by key, and the key may be that of another flow the next moment: see test_beside_a_sweep.py."""
+    client = clients.new("UDP")
+    client.establish()
+    clients.silence(client, 10**4)
+    clients.claim(client)
+    sweeper = Sweeper(tables, Timeouts(), next(tables.folder.glob("progs-*")))
+    with closing(sweeper):
+        sweeper.sweep()
+        assert Part.PORT in map(part_of, clients.entries(client))
+        # Nothing has come of it.
+        sweeper.sweep()
+        assert clients.entries(client) == []
+
+
+def test_sweep_claims_no_port_of_a_flow_that_stays(clients: Clients, tables: MapSet) -> None:
+    client = clients.new("UDP")
+    client.establish()
+    with closing(Sweeper(tables, Timeouts(), next(tables.folder.glob("progs-*")))) as sweeper:
+        sweeper.sweep()
+    assert not any(entry.seen & ~Seen.REPLY for entry in clients.entries(client))

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.root
 
 #: As many connections as there are ports.
 FIRST, COUNT = 61000, 16
+CLIENT = 20000
 TARGET = 8099
 
 
@@ -36,9 +37,13 @@ def _serve() -> None:
 
 
 def _connect(host: str) -> None:
-    """Connects, each time from another port, and closes after the server."""
-    for _ in range(COUNT):
-        with socket.create_connection((host, NODE_PORT), 30) as sock:
+    """Connects, each time from another port, and closes after the server.
+
+    A client that uses its port again gets the same port of the node again, and the kernel chooses by chance.
+    """
+    for number in range(COUNT):
+        source = "", CLIENT + number
+        with socket.create_connection((host, NODE_PORT), 30, source_address=source) as sock:
             assert not sock.recv(1)
 
 

@@ -81,6 +81,34 @@ static __always_inline bool claim_reply(const struct sweep *s, struct nat *nat,
 	return false;
 }
 
+/* Says if an element has the entry that @copy was read from, under @key, and no packet since. */
+static __always_inline bool is_untouched(const struct flow *key, const struct nat *nat,
+					 const struct nat *copy)
+{
+	return conntrack_lookup(key) == nat && is_same_entry(nat, copy) &&
+	       *(const volatile u64 *)&nat->last == copy->last;
+}
+
+/*
+ * Says if the entries of a pair, or the one there is, may be deleted by their keys. A client that
+ * uses its port again may have replaced them meanwhile, or may keep them: see keep_entry().
+ */
+static __always_inline bool claim_pair(struct sweep *s, const struct flow *key, struct nat *in_map,
+				       struct nat *other)
+{
+	const bool is_reply = s->nat.flags & NAT_REPLY;
+	struct nat *reply = is_reply ? in_map : other;
+
+	if (reply && !claim_reply(s, reply, is_reply ? &s->nat : &s->partner))
+		return false;
+	if (is_untouched(key, in_map, &s->nat) &&
+	    (!other || is_untouched(&s->partner_key, other, &s->partner)))
+		return true;
+	if (reply)
+		release_entry(reply);
+	return false;
+}
+
 static __always_inline void delete_entry(struct sweep *s, const struct flow *key)
 {
 	if (!map_delete(conntrack, key))
@@ -111,8 +139,8 @@ static __always_inline void note_unanswered(const struct flow *key, const struct
 					    u8 seen)
 {
 	/* With DSR the node that has chosen the backend counts it. */
-	if (MEASURE_CONNECTIONS && key->proto == IPPROTO_TCP && !seen && !original->acked &&
-	    !(original->flags & NAT_DSR_BACKEND))
+	if (MEASURE_CONNECTIONS && key->proto == IPPROTO_TCP && !(seen & FLOW_SEEN) &&
+	    !original->acked && !(original->flags & NAT_DSR_BACKEND))
 		measure_failure(original->service_id, original->backend_id, FAILURE_TIMEOUT);
 }
 
@@ -165,9 +193,10 @@ static __always_inline enum outcome end_if_over(struct sweep *s, const struct fl
 		lasting &= ~SEEN_REPLY;
 	if (!is_removed && has_partner && !is_silent(s, &s->partner_key, partner, lasting))
 		return KEPT;
-	if (nat->flags & NAT_REPLY ? !claim_reply(s, in_map, nat)
-				   : has_partner && !claim_reply(s, other, partner))
+	if (!claim_pair(s, key, in_map, has_partner ? other : NULL)) {
+		s->left += is_removed;
 		return KEPT;
+	}
 	delete_entry(s, key);
 	if (has_partner)
 		delete_entry(s, &s->partner_key);

@@ -209,8 +209,8 @@ static __always_inline bool mark_seen(struct nat *nat, u8 seen)
 }
 
 /*
- * Claims an entry whose port another flow is to have: returns true for one caller, on whichever
- * CPU.
+ * Claims an entry whose port another flow is to have, or that is to be deleted: returns true for
+ * one caller, on whichever CPU.
  */
 static __always_inline bool claim_entry(struct nat *nat)
 {
@@ -218,6 +218,14 @@ static __always_inline bool claim_entry(struct nat *nat)
 
 	bits.marks = __sync_fetch_and_or(&nat->marks, bits.marks);
 	return !(bits.seen & SEEN_CLAIMED);
+}
+
+/* Gives back what claim_entry() has returned true for. */
+static __always_inline void release_entry(struct nat *nat)
+{
+	const struct nat bits = { .seen = SEEN_CLAIMED };
+
+	__sync_fetch_and_and(&nat->marks, ~bits.marks);
 }
 
 /* Says if the element that @copy was read from still has that entry. */
@@ -253,11 +261,15 @@ static __always_inline void conntrack_forget(const struct flow *flow, struct nat
 					     const struct nat *copy)
 {
 	struct scratch *s = scratch();
+	struct nat *partner;
 	struct flow key;
 
 	conntrack_end(nat, copy);
 	partner_key(&key, flow, copy);
-	if (s && conntrack_read(&key, &s->other) && is_reverse(&s->other, flow))
+	partner = s ? conntrack_read(&key, &s->other) : NULL;
+	/* Another CPU may be giving its port to another flow. */
+	if (partner && is_reverse(&s->other, flow) && claim_entry(partner) &&
+	    is_same_entry(partner, &s->other))
 		conntrack_delete(&key);
 	conntrack_delete(flow);
 }
@@ -277,6 +289,7 @@ static __always_inline void conntrack_keep_partner(struct scratch *s, const stru
 	if (conntrack_lookup(&s->key))
 		return;
 	s->nat = *entry;
+	s->nat.seen &= FLOW_SEEN;
 	invert_entry(s, flow);
 	if (s->nat.flags & NAT_REPLY)
 		s->nat.seen |= SEEN_REPLY;
@@ -295,7 +308,7 @@ static __always_inline bool conntrack_track_end(const struct packet *p, struct n
 {
 	const struct flow *flow = &p->flow;
 	struct scratch *s = scratch_of(p);
-	u8 ended = (entry->seen & ~SEEN_REPLY) | ended_by(p->tcp_flags, entry->flags);
+	u8 ended = (entry->seen & FLOW_SEEN & ~SEEN_REPLY) | ended_by(p->tcp_flags, entry->flags);
 	struct nat *partner;
 	bool closes;
 

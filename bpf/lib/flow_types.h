@@ -41,8 +41,10 @@ struct flow {
 #define SEEN_FIN       (1 << 1) /* of the client */
 #define SEEN_REPLY_FIN (1 << 2)
 #define SEEN_RST       (1 << 3)
-#define SEEN_CLAIMED   (1 << 4) /* no packet, but a CPU that replaces or deletes the entry */
-/* Nor are these: a sweep has found it claimed. Sweeps take turns with two marks: see filter.h. */
+/* These are about the flow; the rest is about this entry alone. */
+#define FLOW_SEEN    (SEEN_REPLY | SEEN_FIN | SEEN_REPLY_FIN | SEEN_RST)
+#define SEEN_CLAIMED (1 << 4) /* a CPU replaces or deletes the entry just now */
+/* A sweep has found it claimed. Sweeps take turns with two marks: see filter.h. */
 #define SEEN_LEFT_1 (1 << 5)
 #define SEEN_LEFT_2 (1 << 6)
 
@@ -109,7 +111,7 @@ struct sweep {
 	u32 kept; /* entries */
 	u32 deleted;
 	u32 removed[2]; /* flows ended because their backend was removed: IPv4, IPv6 */
-	u32 reserved;
+	u32 left;	/* entries of such flows that stay until the next sweep */
 	/* The rest is the program's memory. */
 	struct flow key;
 	struct flow partner_key;

@@ -243,23 +243,38 @@ static __always_inline bool is_masquerade(const struct nat *nat)
 }
 
 /*
+ * Keeps a pair, which may have timed out, for a flow that begins @now; returns false where another
+ * CPU is ending it. That one looks at the time after it has claimed the reply direction's entry.
+ */
+static __always_inline bool keep_entry(struct nat *original, struct nat *reply, u64 now)
+{
+	struct nat bits;
+
+	*(volatile u64 *)&original->last = now;
+	/* It changes nothing, but is a full barrier. */
+	bits.marks = __sync_fetch_and_or(&reply->marks, 0);
+	return !(bits.seen & SEEN_CLAIMED);
+}
+
+/*
  * Inserts the pair that masquerades a new flow. @s->nat is what the original direction has become:
  * packets from the client to the backend, which leave with @addr as their source.
  */
 static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scratch *s, u8 proto,
 					      const struct inet_addr *addr)
 {
-	const struct nat *known = &s->other, *reply;
+	const struct nat *known = &s->other;
+	struct nat *in_map, *reply;
 	struct flow between;
 
 	masquerade_key(&between, &s->nat, proto);
-	s->is_known = conntrack_read(&between, &s->other) != NULL;
+	in_map = conntrack_read(&between, &s->other);
+	s->is_known = in_map != NULL;
 	/* A flow that begins anew keeps its port while that is its own: see early_drop.h. */
-	if (s->is_known && is_masquerade(known) && !is_closed(known) &&
-	    addr_equal(&known->src, addr)) {
+	if (in_map && is_masquerade(known) && !is_closed(known) && addr_equal(&known->src, addr)) {
 		partner_key(&s->key, &between, known);
 		reply = conntrack_lookup(&s->key);
-		if (reply && is_reverse(reply, &between) && !(reply->seen & SEEN_CLAIMED))
+		if (reply && is_reverse(reply, &between) && keep_entry(in_map, reply, s->nat.last))
 			return INSERT_DONE;
 	}
 	s->nat.src = *addr;

@@ -154,7 +154,7 @@ class Housekeeping:
                 self._grace,
                 removed,
                 tcp,
-                is_removed=self._writer.is_removed,
+                is_current=self._writer.is_current,
                 lost=lost,
                 redirect=self._redirect,
                 reports=reports,
@@ -209,6 +209,8 @@ class Housekeeping:
 
         def sweep() -> tuple[Sweep, dict[bytes, int]]:
             swept = sweeper.sweep(backends)
+            if swept.left:
+                over.clear()
             forget_expired(self._maps, time.monotonic_ns())
             for key in recorded_removals(self._maps, over):
                 del over[key]

@@ -190,7 +190,7 @@ def _balances(more: list[int], less: list[int], corrections: list[int]) -> list[
 class SweepRecord:
     """The ``sweep`` map: ``struct sweep``, how agent and ``bpf/sweep.c`` work together."""
 
-    _LIMITS, _NUMBERS, _RESULTS = 8, struct.Struct("=2I"), struct.Struct("=4I")
+    _LIMITS, _NUMBERS, _RESULTS = 8, struct.Struct("=2I"), struct.Struct("=5I")
     NUMBERS_AT = _LIMITS + 128 * 8
     MARK_AT = NUMBERS_AT + _NUMBERS.size
     RESULTS_AT = MARK_AT + 4
@@ -206,7 +206,7 @@ class SweepRecord:
         """``now`` is CLOCK_MONOTONIC in ns, ``mark`` of ``flow_filter``."""
         layout.U64.pack_into(self._memory, 0, now)
         layout.U32.pack_into(self._memory, self.MARK_AT, mark)
-        self._RESULTS.pack_into(self._memory, self.RESULTS_AT, 0, 0, 0, 0)
+        self._RESULTS.pack_into(self._memory, self.RESULTS_AT, 0, 0, 0, 0, 0)
 
     def set_numbers(self, count: int) -> None:
         """The next runs are for so many: entries of a batch, or parts of ``flow_filter``."""
@@ -218,10 +218,11 @@ class SweepRecord:
         return int(count - done)
 
     @property
-    def results(self) -> tuple[int, int, int, int]:
-        """Entries kept and deleted; flows of IPv4, of IPv6 that ended because of removed backends."""
-        kept, deleted, removed4, removed6 = self._RESULTS.unpack_from(self._memory, self.RESULTS_AT)
-        return kept, deleted, removed4, removed6
+    def results(self) -> tuple[int, int, int, int, int]:
+        """Entries kept and deleted; flows of IPv4, of IPv6 that ended because of removed backends; entries of
+        such flows that are left to the next sweep."""
+        kept, deleted, removed4, removed6, left = self._RESULTS.unpack_from(self._memory, self.RESULTS_AT)
+        return kept, deleted, removed4, removed6, left
 
 
 class Selections:

@@ -48,9 +48,9 @@ class Seen(enum.IntFlag):
     FIN = 1 << 1
     REPLY_FIN = 1 << 2
     RST = 1 << 3
-    #: No packet, but a program that replaces or deletes the entry.
+    #: A program replaces or deletes the entry just now.
     CLAIMED = 1 << 4
-    #: Nor are these: a sweep has found it claimed.
+    #: A sweep has found it claimed.
     LEFT_1 = 1 << 5
     LEFT_2 = 1 << 6
 

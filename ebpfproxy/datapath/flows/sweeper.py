@@ -40,7 +40,8 @@ class Sweep(msgspec.Struct, frozen=True):
     """The result of one sweep. ``evicted`` since the previous one: inserted, but neither there nor deleted.
 
     ``removed``: flows among the expired that were ended because their backend was removed.
-    ``rest``: for so many seconds there should be no other.
+    ``rest``: for so many seconds there should be no other. ``left``: entries of flows whose backend was
+    removed that another CPU was replacing, so that the next sweep has to end them.
     """
 
     entries: int
@@ -49,6 +50,7 @@ class Sweep(msgspec.Struct, frozen=True):
     seconds: float
     removed: Mapping[Family, int] = {}
     rest: float = 0.0
+    left: int = 0
 
 
 class Sweeper:
@@ -120,7 +122,7 @@ class Sweeper:
             self._run(self._entries, count, ENTRIES_OF_A_RUN)
             self._rest()
         self._run(self._filter, (1 << FLOW_FILTER_BITS) // BYTES_OF_A_RUN)
-        kept, deleted, removed4, removed6 = self._record.results
+        kept, deleted, removed4, removed6, left = self._record.results
         self._deleted += deleted
         self._correct_loads(before, self._loads.seen(backends))
         evicted = self._evicted(kept)
@@ -133,6 +135,7 @@ class Sweeper:
             time.monotonic() - began,
             {family: n for family, n in ((Family.IPV4, removed4), (Family.IPV6, removed6)) if n},
             (time.thread_time() - used) / _SHARE,
+            left,
         )
 
     def _run(self, program: int, numbers: int, at_once: int = 1) -> None:

@@ -54,14 +54,14 @@ def end_stale_sockets(
     removed: Mapping[BackendUse, Removal],
     tcp: StaleTcp,
     *,
-    is_removed: Callable[[BackendUse], bool],
+    is_current: Callable[[BackendUse, Removal], bool],
     lost: Collection[LostFrontend],
     redirect: Callable[[dict[bytes, bytes]], None],
     reports: DecisionReports | None = None,
 ) -> Ended:
     """Redirects or closes them. It takes some time, and should run in a thread of its own.
 
-    ``is_removed``: says if a backend is still removed. ``lost``: frontends that are another service's by now,
+    ``is_current``: says if a backend is still removed. ``lost``: frontends that are another service's by now,
     or nobody's, whose backends may be well. ``redirect`` gets keys and values of ``sock_redirects``.
     ``reports`` gets the sockets that are closed.
     """
@@ -72,7 +72,7 @@ def end_stale_sockets(
     unseen = redirected = 0
     for pause in _PAUSES:
         time.sleep(pause)
-        found = stale_sockets(maps, removed, tcp, lost, is_removed=is_removed, rest=lambda: time.sleep(0))
+        found = stale_sockets(maps, removed, tcp, lost, is_current=is_current, rest=lambda: time.sleep(0))
         stale = {Peer(each.address, each.port, each.protocol): cookies for each, cookies in found.items()}
         if left := _without(handled, stale):
             made = _redirects(maps, left)

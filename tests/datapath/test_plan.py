@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 
 import msgspec
+import pytest
 
 from ebpfproxy.datapath.abi.flow_layout import RemovalReason
 from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags, ServiceKey
@@ -131,28 +132,25 @@ def test_removed_backends_are_recorded_for_flows() -> None:
     was = InactiveBackends(idle=frozenset({5}))
     now = InactiveBackends(idle=frozenset({3}), absent=frozenset({4}))
     change = Change()
-    change.remove(Published(7, inactive=was), {1, 2, 3, 4, 5}, {1, 3, 4, 5, 6}, now, may_be_back=True)
+    change.remove(Published(7, inactive=was), {1, 2, 3, 4, 5}, {1, 3, 4, 5, 6}, now, {5}.__contains__)
     (removals,) = change.removals
     assert removals.service_id == 7
     assert removals.removed == {3: RemovalReason.IDLE, 4: RemovalReason.ABSENT, 2: RemovalReason.GONE}
     assert removals.back == {5, 6}
 
 
-def test_new_idle_backend_has_no_flows() -> None:
+@pytest.mark.parametrize("before", [set(), {1}], ids=["first", "later"])
+def test_new_idle_backend_is_removed_only_if_it_was(before: set[int]) -> None:
+    """Flows and sockets of one that was gone, or that no agent has held since its start, still have to leave it."""
     change = Change()
     idle = InactiveBackends(idle=frozenset({2}))
-    change.remove(Published(7), {1}, {1, 2}, idle, may_be_back=True)
-    change.remove(Published(8), {1}, {1, 2}, idle, may_be_back=False)
-    assert change.removals == [plan.Removals(7, {2}, {})]
-
-
-def test_first_backends_of_a_service_port_were_removed_by_nobody() -> None:
-    change = Change()
-    idle = InactiveBackends(idle=frozenset({2}))
-    change.remove(Published(7), NO_IDS, {1, 2}, idle, may_be_back=False)
+    change.remove(Published(7), before, {1, 2}, idle, None)
     assert change.removals == []
-    change.remove(Published(7), NO_IDS, {1, 2}, idle, may_be_back=True)
-    assert change.removals == [plan.Removals(7, {1, 2}, {})]
+    change.remove(Published(7), before, {1, 2}, idle, {3}.__contains__)
+    assert [each.removed for each in change.removals] == ([{}] if not before else [])
+    change.removals.clear()
+    change.remove(Published(7), before, {1, 2}, idle, {2}.__contains__)
+    assert change.removals == [plan.Removals(7, {1} - before, {2: RemovalReason.IDLE})]
 
 
 def test_only_policies_in_use_by_a_frontend_are_selected() -> None:

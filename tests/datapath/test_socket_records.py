@@ -194,12 +194,12 @@ def test_sockets_whose_backend_has_come_back_are_not_stale(
     assert sockets.programs.restore([origin(FRONTEND, BACKEND)]) == 1
     set_load(sockets.maps, USE.backend_id, sockets_opened=1)
     removed = {USE: Removal(RemovalReason.IDLE, 0)}
-    asked: list[BackendUse] = []
+    asked: list[tuple[BackendUse, Removal]] = []
 
-    def still_removed(use: BackendUse) -> bool:
-        asked.append(use)
+    def is_current(use: BackendUse, removal: Removal) -> bool:
+        asked.append((use, removal))
         return is_removed
 
-    found = stale_sockets(sockets.maps, removed, StaleTcp.GONE, is_removed=still_removed)
-    assert asked == [USE]
+    found = stale_sockets(sockets.maps, removed, StaleTcp.GONE, is_current=is_current)
+    assert asked == [*removed.items()]
     assert found == ({backend: {COOKIE}} if is_removed else {})

@@ -13,7 +13,9 @@ from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.abi.flow_layout import unpack_departure
 from ebpfproxy.datapath.dump import Dump
-from ebpfproxy.datapath.services.selection_table import NO_SLOTS
+from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
+from ebpfproxy.datapath.services.backends import Backends
+from ebpfproxy.datapath.services.selection_table import NO_SLOTS, SelectionTable
 from ebpfproxy.services.model import (
     Algorithm,
     BackendState,
@@ -145,6 +147,58 @@ def test_backend_that_has_come_back_is_not_removed_any_more_when_it_can_be_chose
     writer.apply([port("a", [1, 2])], complete=True)
     assert number in dict(bench.slots(0, Policy.CLUSTER))
     assert not bench.maps["departures"].keys()
+
+
+def test_backend_that_is_still_not_ready_stays_removed_across_a_start(bench: Bench) -> None:
+    """Nothing is open to it: datagram sockets that are not connected have records of their own."""
+    writer = bench.empty()
+    writer.apply([port("a", [1, 2])], complete=True)
+    wanted = [port("a", [2], idle=[1])]
+    writer.apply(wanted)
+    assert bench.maps is not None
+    removed = bench.maps["departures"].keys()
+    assert removed
+    writer = bench.reopen()
+    writer.apply(wanted, complete=True)
+    assert bench.maps["departures"].keys() == removed
+
+
+@pytest.mark.parametrize("killed_at", ["before the removal", "before the epoch", "after both"])
+def test_flows_leave_a_backend_though_the_agent_is_killed_meanwhile(bench: Bench, killed_at: str) -> None:
+    writer = bench.empty()
+    writer.apply([port("a", [1, 2])], complete=True)
+    wanted = [port("a", [2], idle=[1])]
+    assert bench.maps is not None
+    number = next(n for n, (each, _) in bench.records.items() if each == backend(1))
+    bench.count_open(number, 1, flow=True)
+    epoch = bench.maps.shared("epochs").words()[0]
+    target, what = {
+        "before the removal": (bench.maps["departures"], "update_many"),
+        "before the epoch": (RemovedBackends, "look_again"),
+        "after both": (Backends, "settle"),
+    }[killed_at]
+    with patch.object(target, what, side_effect=KilledError), pytest.raises(KilledError):
+        writer.apply(wanted)
+    writer = bench.reopen()
+    writer.apply(wanted, complete=True)
+    assert bench.maps.shared("epochs").words()[0] > epoch
+    assert [*map(unpack_departure, bench.maps["departures"].keys())] == [(0, number)]
+
+
+def test_backend_that_was_about_to_come_back_is_removed_once_more(bench: Bench) -> None:
+    """The agent was killed when it had withdrawn the removal, and now the endpoint is not ready."""
+    writer = bench.empty()
+    writer.apply([port("a", [1, 2])], complete=True)
+    assert bench.maps is not None
+    number = next(n for n, (each, _) in bench.records.items() if each == backend(1))
+    bench.count_open(number, 1, flow=True)
+    writer.apply([port("a", [2], idle=[1])])
+    with patch.object(SelectionTable, "select", side_effect=KilledError), pytest.raises(KilledError):
+        writer.apply([port("a", [1, 2])])
+    assert not bench.maps["departures"].keys()
+    writer = bench.reopen()
+    writer.apply([port("a", [2], idle=[1])], complete=True)
+    assert [*map(unpack_departure, bench.maps["departures"].keys())] == [(0, number)]
 
 
 def test_change_of_weights_or_algorithm_replaces_slots(bench: Bench) -> None:

@@ -38,13 +38,13 @@ def stale_sockets(
     tcp: StaleTcp,
     lost: Collection[LostFrontend] = (),
     *,
-    is_removed: Callable[[BackendUse], bool],
+    is_current: Callable[[BackendUse, Removal], bool],
     rest: Callable[[], None] = lambda: None,
 ) -> dict[Backend, set[int]]:
     """Cookies of the sockets that were translated to backends which their service has lost, by backend.
 
     Datagram sockets are among them whatever ``tcp`` says: they have no connection to lose, and would send to
-    nobody; so are those whose frontend their service has ``lost``. ``is_removed``: says if a backend is still
+    nobody; so are those whose frontend their service has ``lost``. ``is_current``: says if a backend is still
     removed; sockets may have chosen one that has come back. ``rest`` is called between batches.
     """
     wanted = _with_sockets(maps, removed, tcp)
@@ -68,8 +68,8 @@ def stale_sockets(
             backend = Backend(*socket_layout.origin_backend(origin), protocol)
             sockets.setdefault(backend, set()).add(socket_layout.origin_cookie(origin))
     # Those that have been found chose a backend before this question.
-    for removal, sockets in of_removed.items():
-        for backend, cookies in sockets.items() if is_removed(removal) else ():
+    for each, sockets in of_removed.items():
+        for backend, cookies in sockets.items() if is_current(each, removed[each]) else ():
             found.setdefault(backend, set()).update(cookies)
     return found
 

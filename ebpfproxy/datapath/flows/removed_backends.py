@@ -39,9 +39,15 @@ class RemovedBackends:
         self._fresh = dict(self._known)
         #: Removals that the map has no room for; flows learn of them once others are forgotten.
         self._unwritten: set[BackendUse] = set()
+        # An agent that was killed may have written removals, and not told flows to look there.
+        for service_id in {use.service_id for use in self._known}:
+            self.look_again(service_id)
 
     def __bool__(self) -> bool:
         return bool(self._known)
+
+    def __contains__(self, use: BackendUse) -> bool:
+        return use in self._known
 
     def withdraw(self, service_id: int, back: Set[int]) -> None:
         """Tells flows of a service which of its backends have come back.
@@ -91,9 +97,9 @@ class RemovedBackends:
         taken, self._fresh = self._fresh, {}
         return taken
 
-    def has(self, use: BackendUse) -> bool:
-        """Says if the backend is still removed from the service. Any thread may ask."""
-        return use in self._known
+    def is_current(self, use: BackendUse, removal: Removal) -> bool:
+        """Says if this is the last that is known of the backend. Any thread may ask."""
+        return self._known.get(use) == removal
 
     @property
     def current(self) -> dict[BackendUse, Removal]:

@@ -55,10 +55,17 @@ def adopt(maps: MapSet, names: Mapping[int, ServicePortKey], tables: Tables) -> 
             members=members.get(number, NO_MEMBERS),
         )
         known.inactive = backends.adopt(selections.backends(number) | known.unselected)
+        _remove_idle(number, known.inactive.idle, removed)
         published[name] = known
     used = entries.keys() | sources.keys() | {each.service_id for each in strangers}
     places = maps["service_names"].spec.max_entries
     return Adopted(published, strangers, {number for number in used - names.keys() if number < places})
+
+
+def _remove_idle(service_id: int, idle: frozenset[int], removed: RemovedBackends) -> None:
+    """Flows leave idle backends, though a killed agent was about to say that these are back."""
+    missing = [number for number in idle if BackendUse(service_id, number) not in removed]
+    removed.note(service_id, dict.fromkeys(missing, RemovalReason.IDLE))
 
 
 def _entries(frontends: Frontends) -> dict[int, list[ServiceKey]]:

@@ -182,22 +182,23 @@ class Change(msgspec.Struct):
         before: Set[int],
         after: Set[int],
         inactive: InactiveBackends,
-        *,
-        may_be_back: bool,
+        is_removed: Callable[[int], bool] | None,
     ) -> None:
         """Notes what flows of a service have to learn when the backends that it uses change.
 
         Connections to an idle backend go on, and so they do to an absent one, which may come back.
-        ``may_be_back``: some backends were removed, whatever their service.
+        ``is_removed``: says if a backend was removed from the service; None where none was from any.
         """
         was = known.inactive
         went = before - after
         back: Set[int] = NO_IDS
-        if may_be_back:
-            back = after - before | (was.idle | was.absent) - (inactive.idle | inactive.absent) - went
         removed: dict[int, RemovalReason] = {}
+        if is_removed is not None:
+            back = (after - before | was.idle | was.absent) - (inactive.idle | inactive.absent | went)
+            # It is there again, but not ready: its connections may go on.
+            removed = dict.fromkeys(filter(is_removed, inactive.idle - was.idle - before), RemovalReason.IDLE)
         if before:
-            removed = dict.fromkeys((inactive.idle - was.idle) & before, RemovalReason.IDLE)
+            removed |= dict.fromkeys((inactive.idle - was.idle) & before, RemovalReason.IDLE)
             removed |= dict.fromkeys(inactive.absent - was.absent, RemovalReason.ABSENT)
             removed |= dict.fromkeys(went, RemovalReason.GONE)
         if back or removed:

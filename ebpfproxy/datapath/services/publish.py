@@ -8,8 +8,9 @@ Before a change is published, its new backends and slots are written where no pr
    it would be ended with what had to leave it.
 4. *Selections*: one word for all frontends of a service port and a policy. A reader sees the old set or the
    new one, never a mixture; everything that the word leads to is in place.
-5. *Members that go*, and *states* of backends: nothing chooses them any more.
-6. *Removals*: flows are told to leave a backend. Not earlier, or they could choose the same once more.
+5. *Members that go*: nothing chooses these backends any more.
+6. *Removals*: flows are told to leave a backend. Not earlier, or they could choose the same once more. Then
+   *states* of backends: a start that finds one takes the removal that it came with for done.
 7. *Source ranges*, then *frontends*: a frontend is found only when its selection and its ranges are there. A
    frontend that moves to another Service is overwritten, and never missing.
 8. *Frontends that go*, then their source ranges: a client that still finds one is checked.
@@ -82,13 +83,12 @@ class Publisher:
         self.settle(change)
 
     def settle(self, change: Change) -> None:
-        """Steps 5 and 6, of states and removals."""
-        self._backends.settle()
+        """Step 6."""
         for each in change.removals:
-            # It may have been removed by the same change.
             self._removed_backends.withdraw(each.service_id, each.back)
             self._removed_backends.note(each.service_id, each.removed)
         change.removals = []
+        self._backends.settle()
 
     def _write_names(self, change: Change) -> None:
         """Step 1."""

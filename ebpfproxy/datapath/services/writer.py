@@ -68,6 +68,8 @@ class Writer:
         self._counts = ServiceCounts(maps)
         self._measures = Measures(maps)
         self._is_adopted = maps.adopted
+        #: True until the first complete state: an agent that was killed may not have noted what is not ready.
+        self._may_lack_removals = maps.adopted
         self._capacity_errors = CapacityErrors()
 
         names = service_names(maps)
@@ -289,9 +291,13 @@ class Writer:
         """Notes the backends that a service port uses; its flows are told to leave the others."""
         if before == after and inactive == known.inactive:
             return
-        may_be_back = bool(self._removed_backends)
-        if before or may_be_back:
-            change.remove(known, before, after, inactive, may_be_back=may_be_back)
+        removed = self._removed_backends
+        if self._may_lack_removals:
+            change.remove(known, before, after, inactive, lambda _: True)
+        elif removed:
+            change.remove(known, before, after, inactive, lambda n: BackendUse(known.id, n) in removed)
+        elif before:
+            change.remove(known, before, after, inactive, None)
         self._backends.hold(after - before if before else after, before - after, known.inactive, inactive)
         known.inactive = inactive
 
@@ -316,6 +322,7 @@ class Writer:
         self._publisher.drop_sources(self._nameless)
         self._retirement.add_nameless(self._nameless)
         self._strangers, self._nameless = [], set()
+        self._may_lack_removals = False
 
     # -- endpoints that were removed, and may come back
 
@@ -350,9 +357,9 @@ class Writer:
         """Those since the last call; the first call also returns those of an earlier agent."""
         return self._removed_backends.take_fresh()
 
-    def is_removed(self, use: BackendUse) -> bool:
-        """Says if a backend is still removed from a service: it may have come back. Any thread may ask."""
-        return self._removed_backends.has(use)
+    def is_current(self, use: BackendUse, removal: Removal) -> bool:
+        """Says if this is still so: the backend may have come back. Any thread may ask."""
+        return self._removed_backends.is_current(use, removal)
 
     def forget_removed_backends(self, ended: Mapping[BackendUse, Removal]) -> None:
         """Forgets removals: nothing is open to their backends any more."""

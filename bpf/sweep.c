@@ -26,7 +26,7 @@
  * A run takes so many entries, or words of flow_filter: calling the program takes longer than one
  * of them. The agent knows both (datapath/flows/sweeper.py).
  */
-#define ENTRIES_OF_A_RUN 8
+#define ENTRIES_OF_A_RUN 6
 #define WORDS_OF_A_RUN	 128
 
 static __always_inline struct sweep *sweep_of(void)
@@ -73,8 +73,10 @@ static __always_inline bool claim_reply(const struct sweep *s, struct nat *nat,
 	const u32 marks = s->mark & FLOW_MARKS;
 
 	_Static_assert(SEEN_LEFT_1 << 1 == SEEN_LEFT_2, "one product");
-	if (claim_entry(nat))
-		return is_same_entry(nat, copy);
+	if (claim_same_entry(nat, copy))
+		return true;
+	if (!(copy->seen & SEEN_CLAIMED))
+		return false;
 	if (copy->seen & (marks ^ FLOW_MARKS) * SEEN_LEFT_1)
 		return true;
 	mark_seen(nat, marks * SEEN_LEFT_1);
@@ -197,8 +199,11 @@ static __always_inline enum outcome end_if_over(struct sweep *s, const struct fl
 		s->left += is_removed;
 		return KEPT;
 	}
+	/* The original direction goes first: no packet of the client is to find half of a flow. */
+	if (nat->flags & NAT_REPLY && has_partner)
+		delete_entry(s, &s->partner_key);
 	delete_entry(s, key);
-	if (has_partner)
+	if (!(nat->flags & NAT_REPLY) && has_partner)
 		delete_entry(s, &s->partner_key);
 	/* Without a partner nobody knows if there was a reply. */
 	if (!(nat->flags & NAT_REPLY))
@@ -206,6 +211,22 @@ static __always_inline enum outcome end_if_over(struct sweep *s, const struct fl
 	else if (has_partner)
 		count_ended(s, &s->partner_key, partner, seen, is_removed);
 	return ENDED;
+}
+
+/*
+ * Ends a Service pair that lacks the masquerade which has just ended: the client may have begun it
+ * once more meanwhile, and what it had put in the masquerade's place was deleted by its key. With
+ * its next packet it begins anew. @s->other_key is the key of the reply direction.
+ */
+static __always_inline void end_unmasked(struct sweep *s)
+{
+	s->partner_key = s->other_key;
+	reverse_at_egress(&s->partner_key);
+	if (conntrack_lookup(&s->partner_key) || !conntrack_read(&s->other_key, &s->nat))
+		return;
+	partner_key(&s->partner_key, &s->other_key, &s->nat);
+	delete_entry(s, &s->partner_key);
+	delete_entry(s, &s->other_key);
 }
 
 /*
@@ -229,11 +250,19 @@ static __always_inline enum outcome end_flow_if_over(struct sweep *s, const stru
 	if (!is_source) {
 		outcome = end_if_over(s, &s->key);
 		if (outcome == ENDED && conntrack_read(&s->other_key, &s->nat) &&
-		    (s->nat.flags & (NAT_SOURCE | NAT_REPLY)) == NAT_SOURCE)
-			end_if_over(s, &s->other_key);
+		    (s->nat.flags & (NAT_SOURCE | NAT_REPLY)) == NAT_SOURCE &&
+		    end_if_over(s, &s->other_key) == ENDED) {
+			reverse_at_egress(&s->other_key);
+			end_unmasked(s);
+		}
 		return outcome;
 	}
-	return end_if_over(s, &s->other_key) == KEPT ? KEPT : end_if_over(s, &s->key);
+	if (end_if_over(s, &s->other_key) == KEPT)
+		return KEPT;
+	outcome = end_if_over(s, &s->key);
+	if (outcome == ENDED && nat->service_id != NOBODY)
+		end_unmasked(s);
+	return outcome;
 }
 
 /* Handles the entry of the batch that has this number. */

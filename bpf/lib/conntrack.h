@@ -220,10 +220,10 @@ static __always_inline bool claim_entry(struct nat *nat)
 	return !(bits.seen & SEEN_CLAIMED);
 }
 
-/* Gives back what claim_entry() has returned true for. */
+/* Gives back what claim_entry() has returned true for, or a sweep has found claimed. */
 static __always_inline void release_entry(struct nat *nat)
 {
-	const struct nat bits = { .seen = SEEN_CLAIMED };
+	const struct nat bits = { .seen = SEEN_CLAIMED | SEEN_LEFT_1 | SEEN_LEFT_2 };
 
 	__sync_fetch_and_and(&nat->marks, ~bits.marks);
 }
@@ -232,6 +232,17 @@ static __always_inline void release_entry(struct nat *nat)
 static __always_inline bool is_same_entry(const struct nat *nat, const struct nat *copy)
 {
 	return *(const volatile u64 *)&nat->check == copy->check;
+}
+
+/* Claims the entry that @copy was read from, and no other that its element may have got since. */
+static __always_inline bool claim_same_entry(struct nat *nat, const struct nat *copy)
+{
+	if (!claim_entry(nat))
+		return false;
+	if (is_same_entry(nat, copy))
+		return true;
+	release_entry(nat);
+	return false;
 }
 
 /* Marks a flow as ended. The entry of the original direction counts it. */
@@ -268,8 +279,7 @@ static __always_inline void conntrack_forget(const struct flow *flow, struct nat
 	partner_key(&key, flow, copy);
 	partner = s ? conntrack_read(&key, &s->other) : NULL;
 	/* Another CPU may be giving its port to another flow. */
-	if (partner && is_reverse(&s->other, flow) && claim_entry(partner) &&
-	    is_same_entry(partner, &s->other))
+	if (partner && is_reverse(&s->other, flow) && claim_same_entry(partner, &s->other))
 		conntrack_delete(&key);
 	conntrack_delete(flow);
 }

@@ -118,13 +118,13 @@ static __always_inline bool end_unconfirmed(struct scratch *s)
 {
 	const u32 row = timeouts_of(s->key.proto);
 	struct flow *original = &s->unconfirmed.original, *reply = &s->unconfirmed.reply;
-	struct nat *in_map, *nat, *counted;
+	struct nat *in_map, *nat, *counted, *first;
 
 	in_map = conntrack_read(&s->key, &s->other);
 	if (!in_map || !has_port_of_ours(&s->other))
 		return false;
 	partner_key(original, &s->key, &s->other);
-	nat = counted = conntrack_lookup(original);
+	nat = counted = first = conntrack_lookup(original);
 	if (!nat || !is_reverse(nat, &s->key) ||
 	    !may_end(&s->key, nat, &s->other, row, coarse_now(s)))
 		return false;
@@ -140,8 +140,13 @@ static __always_inline bool end_unconfirmed(struct scratch *s)
 		if (counted && !is_reverse(counted, reply))
 			counted = NULL;
 	}
-	if (!claim_entry(in_map) || !is_same_entry(in_map, &s->other))
+	if (!claim_same_entry(in_map, &s->other))
 		return false;
+	/* A packet of it may have come, or its client may keep it: see keep_entry(). */
+	if (!may_end(&s->key, first, in_map, row, coarse_now(s))) {
+		release_entry(in_map);
+		return false;
+	}
 	if (counted && mark_seen(counted, SEEN_RST))
 		load_end_flow(s->other.backend_id);
 	if (s->other.flags & NAT_SOURCE) {

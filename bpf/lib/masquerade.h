@@ -244,16 +244,18 @@ static __always_inline bool is_masquerade(const struct nat *nat)
 
 /*
  * Keeps a pair, which may have timed out, for a flow that begins @now; returns false where another
- * CPU is ending it. That one looks at the time after it has claimed the reply direction's entry.
+ * CPU is ending it, or has. That one looks at the time after it has claimed the entry of the reply
+ * direction, which has @key.
  */
-static __always_inline bool keep_entry(struct nat *original, struct nat *reply, u64 now)
+static __always_inline bool keep_entry(const struct flow *key, struct nat *original,
+				       struct nat *reply, u64 now)
 {
 	struct nat bits;
 
 	*(volatile u64 *)&original->last = now;
 	/* It changes nothing, but is a full barrier. */
 	bits.marks = __sync_fetch_and_or(&reply->marks, 0);
-	return !(bits.seen & SEEN_CLAIMED);
+	return !(bits.seen & SEEN_CLAIMED) && conntrack_lookup(key) == reply;
 }
 
 /*
@@ -274,7 +276,8 @@ static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scra
 	if (in_map && is_masquerade(known) && !is_closed(known) && addr_equal(&known->src, addr)) {
 		partner_key(&s->key, &between, known);
 		reply = conntrack_lookup(&s->key);
-		if (reply && is_reverse(reply, &between) && keep_entry(in_map, reply, s->nat.last))
+		if (reply && is_reverse(reply, &between) &&
+		    keep_entry(&s->key, in_map, reply, s->nat.last))
 			return INSERT_DONE;
 	}
 	s->nat.src = *addr;

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from ebpfproxy.datapath.abi.flow_layout import RemovalReason
+from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.abi.schema import MAP_NAMES
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.services.model import Prefix
@@ -17,10 +19,10 @@ pytestmark = pytest.mark.root
 _ID = 11
 
 
-def _update(table: str, key: bytes) -> Callable[[Bench], None]:
+def _update(table: str, key: bytes, value: bytes = b"") -> Callable[[Bench], None]:
     def write(bench: Bench) -> None:
         assert bench.maps is not None
-        bench.maps[table].update(key, b"\xff" * bench.maps[table].spec.value_size)
+        bench.maps[table].update(key, value or b"\xff" * bench.maps[table].spec.value_size)
 
     return write
 
@@ -39,6 +41,10 @@ def _overwrite_backend(bench: Bench) -> None:
         pytest.param(_update("services6", b"\xfe" * 20), id="services6"),
         pytest.param(_update("members", b"\xfe" * 8), id="members"),
         pytest.param(_update("departures", b"\xfe" * 8), id="departures"),
+        *(
+            pytest.param(_update("departures", b"\xfe" * 8, U32.pack(why)), id=f"departures-{why.name}")
+            for why in RemovalReason
+        ),
         pytest.param(_overwrite_backend, id="backends"),
     ],
 )

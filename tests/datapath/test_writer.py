@@ -11,9 +11,10 @@ import pytest
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import backend_ids
-from ebpfproxy.datapath.abi.flow_layout import unpack_departure
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, unpack_departure
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
+from ebpfproxy.datapath.services import adopt
 from ebpfproxy.datapath.services.backends import Backends
 from ebpfproxy.datapath.services.selection_table import NO_SLOTS, SelectionTable
 from ebpfproxy.services.model import (
@@ -163,8 +164,12 @@ def test_backend_that_is_still_not_ready_stays_removed_across_a_start(bench: Ben
     assert bench.maps["departures"].keys() == removed
 
 
+@pytest.mark.parametrize("stays", [True, False], ids=["still not ready", "ready again"])
 @pytest.mark.parametrize("killed_at", ["before the removal", "before the epoch", "after both"])
-def test_flows_leave_a_backend_though_the_agent_is_killed_meanwhile(bench: Bench, killed_at: str) -> None:
+def test_flows_leave_a_backend_though_the_agent_is_killed_meanwhile(
+    bench: Bench, killed_at: str, *, stays: bool
+) -> None:
+    """The next one removes it, or withdraws the removal."""
     writer = bench.empty()
     writer.apply([port("a", [1, 2])], complete=True)
     wanted = [port("a", [2], idle=[1])]
@@ -180,9 +185,10 @@ def test_flows_leave_a_backend_though_the_agent_is_killed_meanwhile(bench: Bench
     with patch.object(target, what, side_effect=KilledError), pytest.raises(KilledError):
         writer.apply(wanted)
     writer = bench.reopen()
-    writer.apply(wanted, complete=True)
-    assert bench.maps.shared("epochs").words()[0] > epoch
-    assert [*map(unpack_departure, bench.maps["departures"].keys())] == [(0, number)]
+    writer.apply(wanted if stays else [port("a", [1, 2])], complete=True)
+    assert [*map(unpack_departure, bench.maps["departures"].keys())] == ([(0, number)] if stays else [])
+    assert not stays or bench.maps.shared("epochs").words()[0] > epoch
+    assert (number in dict(bench.slots(0, Policy.CLUSTER))) is not stays
 
 
 def test_backend_that_was_about_to_come_back_is_removed_once_more(bench: Bench) -> None:
@@ -196,7 +202,8 @@ def test_backend_that_was_about_to_come_back_is_removed_once_more(bench: Bench) 
     with patch.object(SelectionTable, "select", side_effect=KilledError), pytest.raises(KilledError):
         writer.apply([port("a", [1, 2])])
     assert not bench.maps["departures"].keys()
-    writer = bench.reopen()
+    with patch.object(adopt, "uses", return_value=iter([BackendUse(0, number)])):
+        writer = bench.reopen()
     writer.apply([port("a", [2], idle=[1])], complete=True)
     assert [*map(unpack_departure, bench.maps["departures"].keys())] == [(0, number)]
 

@@ -76,7 +76,7 @@ FLOW_GROUPS = 1 << 10
 #: Entries of conntrack that a sweep reads at once: few enough to stay in a CPU's own cache.
 SWEEP_BATCH = 1024
 #: A run of a program of bpf/sweep.c is for so many entries, or bytes of ``flow_filter``.
-ENTRIES_OF_A_RUN = 8
+ENTRIES_OF_A_RUN = 6
 BYTES_OF_A_RUN = 128 * 8
 #: Among up to so many slots programs look for the least loaded backend; the compiler is told.
 SEARCHED_SLOTS = 16

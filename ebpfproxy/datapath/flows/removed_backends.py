@@ -35,6 +35,7 @@ class RemovedBackends:
             unpack_departure(key): Removal(RemovalReason(why), next(self._serials))
             for key, value in self._map.items()
             if (why := U32.unpack(value)[0]) in _REASONS
+            and unpack_departure(key).service_id < self._epochs.spec.max_entries
         }
         self._fresh = dict(self._known)
         #: Removals that the map has no room for; flows learn of them once others are forgotten.

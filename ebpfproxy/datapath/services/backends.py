@@ -94,6 +94,10 @@ class Backends:
         """Those that were there before, are in no selection, and have something open."""
         return {n for n in self.numbers() if n not in self._selected and self.is_open(n)}
 
+    def unsettled(self) -> frozenset[int]:
+        """Those that were there before, in no selection, but active: no agent has said what they are."""
+        return frozenset(self.numbers()).difference(self._selected, self._inactive)
+
     # -- ids
 
     def ids_of(self, backends: Sequence[Backend]) -> array[int]:

@@ -183,18 +183,22 @@ class Change(msgspec.Struct):
         after: Set[int],
         inactive: InactiveBackends,
         is_removed: Callable[[int], bool] | None,
+        *,
+        is_first: bool = False,
     ) -> None:
         """Notes what flows of a service have to learn when the backends that it uses change.
 
         Connections to an idle backend go on, and so they do to an absent one, which may come back.
         ``is_removed``: says if a backend was removed from the service; None where none was from any.
+        ``is_first``: the agent before this one may have been killed between two of its writes.
         """
         was = known.inactive
         went = before - after
         back: Set[int] = NO_IDS
         removed: dict[int, RemovalReason] = {}
         if is_removed is not None:
-            back = (after - before | was.idle | was.absent) - (inactive.idle | inactive.absent | went)
+            came = set(filter(is_removed, after)) if is_first else after - before | was.idle | was.absent
+            back = came - (inactive.idle | inactive.absent | went)
             # It is there again, but not ready: its connections may go on.
             removed = dict.fromkeys(filter(is_removed, inactive.idle - was.idle - before), RemovalReason.IDLE)
         if before:

@@ -68,14 +68,15 @@ class Writer:
         self._counts = ServiceCounts(maps)
         self._measures = Measures(maps)
         self._is_adopted = maps.adopted
-        #: True until the first complete state: an agent that was killed may not have noted what is not ready.
-        self._may_lack_removals = maps.adopted
+        #: True until the first complete state.
+        self._is_first_state = maps.adopted
         self._capacity_errors = CapacityErrors()
 
         names = service_names(maps)
         self._selections = SelectionTable(maps, names)
         selected = frozenset(each for number in names for each in self._selections.backends(number))
         self._backends = Backends(maps, selected)
+        self._unsettled = self._backends.unsettled()
         self._placer = Placer(self._selections, self._backends, maglev_size)
         self._removed_backends = RemovedBackends(maps)
         self._lost = LostFrontends(self._removed_backends)
@@ -289,17 +290,21 @@ class Writer:
         change: Change,
     ) -> None:
         """Notes the backends that a service port uses; its flows are told to leave the others."""
-        if before == after and inactive == known.inactive:
+        is_removed = self._removal_test(known.id)
+        is_first = self._is_first_state and is_removed is not None
+        if before == after and inactive == known.inactive and not is_first:
             return
-        removed = self._removed_backends
-        if self._may_lack_removals:
-            change.remove(known, before, after, inactive, lambda _: True)
-        elif removed:
-            change.remove(known, before, after, inactive, lambda n: BackendUse(known.id, n) in removed)
-        elif before:
-            change.remove(known, before, after, inactive, None)
+        if before or is_removed is not None:
+            change.remove(known, before, after, inactive, is_removed, is_first=is_first)
         self._backends.hold(after - before if before else after, before - after, known.inactive, inactive)
         known.inactive = inactive
+
+    def _removal_test(self, service_id: int) -> Callable[[int], bool] | None:
+        """Says if a backend was removed from a service, or may have been: see :attr:`Backends.unsettled`."""
+        removed, unsettled = self._removed_backends, self._unsettled
+        if not removed and not unsettled:
+            return None
+        return lambda number: number in unsettled or BackendUse(service_id, number) in removed
 
     def _drop(self, key: ServicePortKey, change: Change) -> None:
         if (known := self._published.pop(key, None)) is None:
@@ -322,7 +327,7 @@ class Writer:
         self._publisher.drop_sources(self._nameless)
         self._retirement.add_nameless(self._nameless)
         self._strangers, self._nameless = [], set()
-        self._may_lack_removals = False
+        self._is_first_state, self._unsettled = False, NO_IDS
 
     # -- endpoints that were removed, and may come back
 

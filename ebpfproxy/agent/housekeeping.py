@@ -210,6 +210,7 @@ class Housekeeping:
         def sweep() -> tuple[Sweep, dict[bytes, int]]:
             swept = sweeper.sweep(backends)
             if swept.left:
+                # Flows of removed backends are still there, whichever they are of.
                 over.clear()
             forget_expired(self._maps, time.monotonic_ns())
             for key in recorded_removals(self._maps, over):

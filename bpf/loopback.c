@@ -41,7 +41,7 @@ static __always_inline int handle_loopback(struct __sk_buff *skb, struct packet 
 		p->flow.stage = STAGE_INGRESS;
 		nat = conntrack_read(&p->flow, &scratch_of(p)->entry);
 	}
-	if (nat && !handle_known_flow(skb, p, nat, &verdict))
+	if (nat && handle_known_flow(skb, p, nat, &verdict))
 		return verdict;
 	p->flow.stage = STAGE_EGRESS;
 	if (p->proto != IPPROTO_TCP)

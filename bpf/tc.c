@@ -52,7 +52,7 @@ static __always_inline int forward_flow(struct __sk_buff *skb, const struct pack
 }
 
 /*
- * Handles a packet that has the entry @in_map, and sets @verdict; returns true where it opens
+ * Handles a packet that has the entry @in_map, and sets @verdict; returns false where it opens
  * another flow instead: then that entry has been deleted, or marked as ended.
  */
 static __always_inline bool handle_known_flow(struct __sk_buff *skb, const struct packet *p,
@@ -67,7 +67,7 @@ static __always_inline bool handle_known_flow(struct __sk_buff *skb, const struc
 	found = flow_verdict_of(p, in_map);
 	if (found == FLOW_FORWARD) {
 		*verdict = forward_flow(skb, p, in_map);
-		return false;
+		return true;
 	}
 	/*
 	 * Nothing may be in the way of a direct flow that begins anew: it keeps its port then. What
@@ -83,7 +83,7 @@ static __always_inline bool handle_known_flow(struct __sk_buff *skb, const struc
 		decision_flow_left(p, nat);
 	if (found == FLOW_REJECT)
 		*verdict = rejection(EVENT_BACKEND_GONE);
-	return found != FLOW_REJECT;
+	return found == FLOW_REJECT;
 }
 
 /* Says if a translated packet may have to leave by another device than the kernel has chosen. */
@@ -262,7 +262,7 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 		return DSR_RECEIVED;
 	if (flow_of_interest(&p->flow.src, &p->flow.dst))
 		nat = conntrack_of(p);
-	if (nat && !handle_known_flow(skb, p, nat, &verdict))
+	if (nat && handle_known_flow(skb, p, nat, &verdict))
 		return verdict;
 	return create_flow(skb, p);
 }
@@ -292,7 +292,7 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return is_mine ? handle_without_ports(skb, p, parsed) : drop_unallocated(skb, p);
 	nat = is_known ? conntrack_of(p) : NULL;
-	if (nat && !handle_known_flow(skb, p, nat, &verdict))
+	if (nat && handle_known_flow(skb, p, nat, &verdict))
 		return verdict;
 	if (is_mine)
 		return create_host_flow(skb, p);

@@ -142,10 +142,14 @@ static __always_inline enum insert insert_with_port(struct scratch *s)
 {
 	struct nat *closed = conntrack_lookup(&s->key);
 
-	if (closed && (!is_closed(closed) || !claim_entry(closed) ||
-		       conntrack_lookup(&s->key) != closed || !is_closed(closed)))
+	if (!closed)
+		return conntrack_put(s, false);
+	if (!is_closed(closed) || !claim_entry(closed))
 		return INSERT_TAKEN;
-	return conntrack_put(s, closed);
+	if (conntrack_lookup(&s->key) == closed && is_closed(closed))
+		return conntrack_put(s, true);
+	release_entry(closed);
+	return INSERT_TAKEN;
 }
 
 /*

@@ -360,16 +360,19 @@ class ProgramManager:
         self._background(load, loaded)
 
     def stop_reporting(self) -> None:
-        """Attaches plain programs at once, which are pinned still: the agent ends."""
-        if self.attached and self._reports and not self._options.trace_decisions:
+        """The agent ends: attaches plain programs at once, which are pinned still, and unpins those that report."""
+        if not self.attached or self._options.trace_decisions:
+            return
+        if self._reports:
             self._replace(self.load(reports=False), reports=False)
+        assert self._programs is not None
+        loader.remove_others(self._maps, self._programs)
 
     def _replace(self, programs: Path, *, reports: bool) -> None:
+        """The former ones stay pinned: the next time nothing has to be loaded."""
         self._programs, self._reports = programs, reports
         changed = self._attach_sockets(programs) + self._attach_devices()
         self._open_reports()
-        if not reports:
-            loader.remove_others(self._maps, programs)
         log.info("replaced programs", report_decisions=reports, changed=len(changed))
 
     def _open_reports(self) -> None:

@@ -372,7 +372,7 @@ def test_replacing_programs_loses_no_connection(cluster: OutsideClientCluster, a
 
 
 def test_killed_trace_leaves_programs_that_do_not_report(cluster: OutsideClientCluster, agent: Agent) -> None:
-    until(lambda: len(list(cluster.a.bpf_root.glob("ebpfproxy/v*/progs-*"))) == 1)
+    until(lambda: not reports(agent), "the programs of the trace before stay")
     plain = programs(cluster)
     trace = Trace(cluster.a)
     reporting = programs(cluster)
@@ -380,7 +380,19 @@ def test_killed_trace_leaves_programs_that_do_not_report(cluster: OutsideClientC
     assert not set(reporting.values()) & set(plain.values())
     trace.process.kill()
     until(lambda: programs(cluster) == plain, "the programs that report stay", 10)
-    until(lambda: len(list(cluster.a.bpf_root.glob("ebpfproxy/v*/progs-*"))) == 1)
+
+
+def test_next_trace_attaches_the_programs_of_the_one_before(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
+    """The verifier takes a second for them, and a screen that follows decisions begins and ends with each look."""
+    attached = []
+    for _ in range(2):
+        trace = Trace(cluster.a)
+        attached.append(programs(cluster))
+        trace.end()
+        until(lambda: not reports(agent), "the programs that report stay")
+    assert attached[0] == attached[1]
 
 
 def test_second_trace_at_a_time_fails(cluster: OutsideClientCluster, agent: Agent) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ebpfproxy.datapath.programs.attach import attachments, program_id
 from tests.e2e.outside_client import OutsideClientCluster
 from tests.e2e.two_node_cluster import SERVICE_IPS
 from tests.lab import Lab, clients, manifests
@@ -247,9 +248,11 @@ def test_decisions_come_as_they_are_made(page: Browser, cluster: OutsideClientCl
 
 
 def tracing(cluster: OutsideClientCluster) -> bool:
-    """Programs that report decisions are attached."""
-    folders = list(cluster.a.bpf_root.glob("ebpfproxy/v*/progs-*"))
-    return len(folders) > 1
+    """Programs that report decisions are attached: those beside that of report.c."""
+    pins = cluster.a.bpf_root / "ebpfproxy"
+    attached = {each.program_id for each in attachments(pins)}
+    loaded = pins.glob("v*/progs-*/report_decision")
+    return any(program_id(each.with_name("connect4")) in attached for each in loaded)
 
 
 def test_nothing_is_traced_that_nobody_looks_at(page: Browser, cluster: OutsideClientCluster) -> None:

@@ -360,7 +360,7 @@ class ProgramManager:
         self._background(load, loaded)
 
     def stop_reporting(self) -> None:
-        """The agent ends: attaches plain programs at once, which are pinned still, and unpins those that report."""
+        """Attaches plain programs at once, which are pinned still, and unpins the others: the agent ends."""
         if not self.attached or self._options.trace_decisions:
             return
         if self._reports:

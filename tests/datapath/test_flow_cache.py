@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from ebpfproxy.datapath.abi.schema import FLOW_FILTER_BITS
 from ebpfproxy.datapath.kernel import bpf, maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs import bytecode, loader
+from tests.datapath.altered import altered_sources
 from tests.datapath.test_loading import OPTIONS
 from tests.datapath.test_pressure import OnOtherCpu, ends
 from tests.packets.flow_slots import FlowSlots
@@ -432,24 +432,11 @@ def test_slot_of_an_entry_that_was_replaced_is_not_used_again(flows: Flows) -> N
     assert copy is None or copy.created == entry.created
 
 
-_RENEW = "\tslot->nat.marks = entry->marks;\n"
-_SLOW_RENEW = f"""\
-#pragma clang loop unroll(disable)
-\tfor (int turn = 0; turn < 300; turn++)
-\t\tbpf_ktime_get_ns();
-{_RENEW}"""
-_READ = "return slot->sum == slot_sum"
-
-
 @pytest.fixture
 def racing(flows: Flows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flows]:
     """Each packet makes the slot valid anew, and the other CPU has more time to delete the entry meanwhile."""
-    shutil.copytree(loader.source_folder(), tmp_path / "bpf")
-    source = tmp_path / "bpf" / "lib" / "flow_cache.h"
-    text = source.read_text()
-    assert (text.count(_RENEW), text.count(_READ)) == (1, 1)
-    source.write_text(text.replace(_RENEW, _SLOW_RENEW).replace(_READ, "return slot->sum + 1 == slot_sum"))
-    monkeypatch.setattr(loader, "source_folder", lambda: tmp_path / "bpf")
+    sources = altered_sources(tmp_path)
+    monkeypatch.setattr(loader, "source_folder", lambda: sources)
     # In an emulator clang takes minutes.
     monkeypatch.setattr(bytecode, "_SECONDS", 800)
     made = Flows(flows.maps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 import threading
 import time
@@ -24,6 +23,7 @@ from ebpfproxy.datapath.abi.schema import FLOW_FILTER_BITS
 from ebpfproxy.datapath.kernel import bpf, maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs import loader
+from tests.datapath.altered import altered_sources
 from tests.datapath.test_loading import OPTIONS
 from tests.packets.wire import PASS, run_program
 
@@ -39,13 +39,6 @@ OTHERS = 16384
 #: The number of flows that are inserted between two flows with packets.
 STRIDE = 4
 FRONTEND = bytes((192, 0, 2, 80))
-#: A loop of some microseconds between the lookup of an entry and its copy.
-_READ = "\t\t*copy = *nat;\n"
-_SLOW_READ = f"""\
-#pragma clang loop unroll(disable)
-\t\tfor (int turn = 0; turn < 300; turn++)
-\t\t\tbpf_ktime_get_ns();
-{_READ}"""
 
 
 @pytest.fixture
@@ -62,11 +55,8 @@ def program(
 ) -> Iterator[int]:
     """Returns ``to_device``; the slow variant gives other CPUs more time to reuse the element that it reads."""
     if request.param == "slow":
-        shutil.copytree(loader.source_folder(), tmp_path / "bpf")
-        source = tmp_path / "bpf" / "lib" / "conntrack.h"
-        assert source.read_text().count(_READ) == 1
-        source.write_text(source.read_text().replace(_READ, _SLOW_READ))
-        monkeypatch.setattr(loader, "source_folder", lambda: tmp_path / "bpf")
+        sources = altered_sources(tmp_path)
+        monkeypatch.setattr(loader, "source_folder", lambda: sources)
     fd = bpf.get_pinned(loader.ensure_loaded(opened, OPTIONS, (PACKETS,)) / "to_device")
     yield fd
     os.close(fd)

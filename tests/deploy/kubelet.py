@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ebpfproxy.datapath.programs import bytecode
+from ebpfproxy.datapath.abi.hooks import Module
+from ebpfproxy.datapath.programs import bytecode, loader
 from tests.deploy import objects, runtime
 from tests.deploy.runtime import Container
 from tests.e2e.two_node_cluster import TwoNodeCluster
 from tests.lab.waiting import READY_SECONDS
 
 OBJECTS = objects.base()
+
+
+def cache_without(module: Module, folder: Path) -> tuple[Path, Path]:
+    """A copy of the cache in which one source's programs are lacking, so that the compiler runs, and where they will be.
+
+    All of them take it a quarter of a minute, and too long in an emulator.
+    """
+    cache = folder / "cache"
+    shutil.copytree(bytecode.CACHE, cache)
+    lacking = cache / loader.recipe(loader.source_folder(), module).digest()
+    lacking.unlink()
+    return cache, lacking
 
 
 class Kubelet:

@@ -16,9 +16,8 @@ import pytest
 
 from ebpfproxy.datapath.abi.hooks import RECORDS
 from ebpfproxy.datapath.kernel.roots import PIN_FOLDER
-from ebpfproxy.datapath.programs import bytecode, loader
 from tests.deploy import agent_work, objects
-from tests.deploy.kubelet import Kubelet
+from tests.deploy.kubelet import Kubelet, cache_without
 from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
 
@@ -87,11 +86,7 @@ def denied() -> list[str]:
 
 @pytest.mark.root
 def test_programs_are_compiled_and_loaded_with_the_profile(kubelet: Kubelet, tmp_path: Path) -> None:
-    """One source's programs are not in the cache, so that the compiler runs; all take it too long in an emulator."""
-    cache = tmp_path / "cache"
-    shutil.copytree(bytecode.CACHE, cache)
-    lacking = cache / loader.recipe(loader.source_folder(), RECORDS).digest()
-    lacking.unlink()
+    cache, lacking = cache_without(RECORDS, tmp_path)
     denied()
     load = kubelet.container("load", seccomp=SECCOMP, app_armor="ebpfproxy", volumes={"cache": cache})
     done = load.run(600)

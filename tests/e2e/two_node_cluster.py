@@ -41,7 +41,8 @@ class TwoNodeCluster:
         self.write_others()
 
     def agent(self, *arguments: str) -> Agent:
-        return self.a.agent(*arguments, manifests=self.manifests)
+        """Its conntrack map is an eighth of the usual: the kernel fills all of it when it is made."""
+        return self.a.agent("--max-conntrack", "65536", *arguments, manifests=self.manifests)
 
     def write_web(self, *pods: Pod, **endpoint: Any) -> None:
         """Writes the Service shop/web with these pods as endpoints."""

@@ -23,12 +23,12 @@ NAMES = ["node-a1", "node-b1"]
 
 
 class Cluster(KubeProxyCluster):
-    """A cluster of two nodes with kube-proxy of a DaemonSet."""
+    """A cluster of two nodes with kube-proxy of a DaemonSet, in one mode: ``test_handover`` has all of them on a node."""
 
-    def __init__(self, lab: Lab, mode: str) -> None:
+    def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
         self.client_b = self.b.pod("client-b")
-        self.plane = ControlPlane(LabKubelet([self.a, self.b], self.manifests, mode), *NAMES)
+        self.plane = ControlPlane(LabKubelet([self.a, self.b], self.manifests, "nftables"), *NAMES)
         self.plane.put(control_plane.kube_proxy())
         self.wait_pods("kube-proxy")
         self.url = ""
@@ -92,16 +92,15 @@ class Cluster(KubeProxyCluster):
 
 
 @contextmanager
-def running_cluster(mode: str) -> Iterator[Cluster]:
+def running_cluster() -> Iterator[Cluster]:
     with Lab() as lab:
-        created = Cluster(lab, mode)
+        created = Cluster(lab)
         with serving(created.plane) as created.url:
             yield created
 
 
-@pytest.mark.parametrize("mode", ["iptables-legacy", "nftables"])
-def test_migration_and_rollback_of_two_nodes_under_load_keep_long_connections(mode: str) -> None:
-    with running_cluster(mode) as cluster:
+def test_migration_and_rollback_of_two_nodes_under_load_keep_long_connections() -> None:
+    with running_cluster() as cluster:
         rejected = cluster.call("plan", "--all-nodes", "--image", "x")
         assert rejected.code == 1
         assert "node-a1: nothing is pinned below /host/bpf/ebpfproxy: no agent has run" in rejected.output, (

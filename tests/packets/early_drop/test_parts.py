@@ -101,3 +101,21 @@ def test_later_flow_of_the_client_stays(clients: Clients, protocol: str) -> None
     left = sorted(([part_of(entry) for entry in clients.entries(each)] for each in flood), key=len)
     assert left[0] == [Part.ORIGINAL]
     assert [len(each) for each in left[1:]] == [4] * (COUNT - 1)
+
+
+@of_two_pairs
+def test_client_that_begins_anew_keeps_its_port_unless_another_cpu_is_ending_it(
+    clients: Clients, protocol: str
+) -> None:
+    """The table had no room for the pair of the frontend, or a sweep has ended it and is at that of the masquerade."""
+    client = clients.new(protocol)
+    client.establish()
+    port = client.snat_port
+    for is_claimed in (False, True):
+        clients.lose(client, Part.ORIGINAL)
+        clients.lose(client, Part.REPLY)
+        if is_claimed:
+            clients.claim(client)
+        assert client.original()
+        assert (client.snat_port != port) == is_claimed
+        assert client.reply() == client.address

@@ -309,31 +309,31 @@ def test_backends_that_left_while_no_agent_ran_leave_in_maps_of_other_sizes_as_i
 ) -> None:
     """What is removed is waited for, with its flows; datagrams leave at once what is removed, or no longer ready."""
     old, new = _Sized(pins, stack, 64), _Sized(pins, stack, 128)
-    old.writer.apply([port("a", [1, 2, 3, 4]), port("b", [2])], complete=True)
+    old.writer.apply([port("a", [1, 2, 3, 4, 5]), port("b", [2])], complete=True)
     old.writer.apply([port("a", [1, 2, 3])])
     service = next(number for number, key in old.writer.names().items() if key.name == "a")
-    before = {n: old.flow(BackendUse(service, old.id_of(n)), n, 1000 + n) for n in (1, 2, 3, 4)}
+    before = {n: old.flow(BackendUse(service, old.id_of(n)), n, 1000 + n) for n in (1, 2, 3, 4, 5)}
 
     former = former_backends(pins, new.maps)
-    assert former[port("a", []).key] == {backend(n) for n in (1, 2, 3, 4)}
-    wanted = [port("b", [2]), port("a", [1], idle=[2])]
+    assert former[port("a", []).key] == {backend(n) for n in (1, 2, 3, 4, 5)}
+    wanted = [port("b", [2]), port("a", [1], idle=[2, 5])]
     new.writer.apply(list(with_former(wanted, former)))
     new.writer.apply(wanted, complete=True)
 
     service = next(number for number, key in new.writer.names().items() if key.name == "a")
-    uses = {n: BackendUse(service, new.id_of(n)) for n in (1, 2, 3, 4)}
+    uses = {n: BackendUse(service, new.id_of(n)) for n in (1, 2, 3, 4, 5)}
     absent, idle = RemovalReason.ABSENT, RemovalReason.IDLE
-    assert new.departures() == {uses[2]: idle, uses[3]: absent, uses[4]: absent}
+    assert new.departures() == {uses[2]: idle, uses[3]: absent, uses[4]: absent, uses[5]: idle}
     migration = MapMigration(pins, new.maps, new.programs)
     stack.callback(migration.close)
     migration.catch_up()
     assert migration.copied == len(before)
-    assert {n: new.is_current(key) for n, key in before.items()} == {1: True, 2: False, 3: False, 4: False}
+    assert {n: new.is_current(key) for n, key in before.items()} == dict.fromkeys(uses, False) | {1: True}
 
     new.now += 5.0
     new.writer.end_absences()
     gone = RemovalReason.GONE
-    assert new.departures() == {uses[2]: idle, uses[3]: gone, uses[4]: gone}
+    assert new.departures() == {uses[2]: idle, uses[3]: gone, uses[4]: gone, uses[5]: idle}
 
 
 def test_maps_of_no_other_size_have_no_former_backends(pins: Path, stack: ExitStack) -> None:

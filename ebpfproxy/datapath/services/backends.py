@@ -187,23 +187,25 @@ class Backends:
 
     # -- held by service ports
 
-    def adopt(self, held: Set[int]) -> InactiveBackends:
-        """Notes that an adopted service port holds these; returns those that are not active."""
+    def adopt(self, held: Set[int], absent: frozenset[int]) -> InactiveBackends:
+        """Notes that an adopted service port holds these; returns those that are not active.
+
+        ``absent``: those of them whose endpoint may come back, which no state says.
+        """
         for number in held:
             self._refs[number] += 1
         by_state: dict[int, set[int]] = {}
-        for number in self._inactive & held:
+        for number in (self._inactive & held) - absent:
             by_state.setdefault(self._kept.state(number), set()).add(number)
-        if not by_state:
+        if not by_state and not absent:
             return ALL_ACTIVE
         # An agent was killed before its change came to pass.
-        self._turned |= by_state.get(BackendState.GONE, NO_IDS)
-        inactive = InactiveBackends(
-            *(
-                frozenset(by_state.get(state, NO_IDS))
-                for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
-            )
+        self._turned |= absent | by_state.get(BackendState.GONE, NO_IDS)
+        leaving, idle, drained = (
+            frozenset(by_state.get(state, NO_IDS))
+            for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
         )
+        inactive = InactiveBackends(leaving, idle, drained, absent)
         self._recount(ALL_ACTIVE, inactive)
         return inactive
 

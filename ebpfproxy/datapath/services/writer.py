@@ -311,7 +311,9 @@ class Writer:
             return
         held = self._held(known)
         # Connections outlive their Service, as in kube-proxy; what has no connection does not.
-        stay = frozenset(held - self._absences.forget(key))
+        # What an earlier agent waited for is not waited for yet.
+        waiting = known.inactive.absent if self._is_first_state else NO_IDS
+        stay = frozenset(held - waiting - self._absences.forget(key))
         self._hold(known, held, stay, InactiveBackends(idle=stay), change)
         self._backends.hold(NO_IDS, stay, known.inactive, ALL_ACTIVE)
         used = [each for each in self._selections.ranges(known.id) if each[1]]

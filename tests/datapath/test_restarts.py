@@ -12,6 +12,7 @@ from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.services import adopt
 from ebpfproxy.datapath.services.backends import Backends
+from ebpfproxy.datapath.services.retirement import Retirement
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import BackendState, ServicePort
 from tests.datapath.writing import TABLE, Bench, KilledError, backend, port
@@ -152,3 +153,13 @@ def test_agent_that_is_killed_before_it_stores_that_an_endpoint_is_absent(agents
     agents.apply(*STATES[after])
     reasons, states = agents.written
     assert (reasons.get(number), states[number]) == expected[after]
+
+
+def test_agent_that_is_killed_while_a_service_is_deleted_loses_no_removal(agents: Agents) -> None:
+    """With ``staleTCP`` unready its connections are closed."""
+    ids = set(agents.written[1])
+    with patch.object(Retirement, "add_service", side_effect=KilledError), pytest.raises(KilledError):
+        agents.apply()
+    agents.restart()
+    agents.apply()
+    assert agents.reasons == dict.fromkeys(ids, RemovalReason.IDLE)

@@ -189,6 +189,7 @@ def test_sockets_of_an_endpoint_that_is_unready_when_the_next_agent_starts(
     wanted = THROUGH if option == "unready" else set()
     holder.watch(len(wanted))
     assert ended(holder) == wanted
+    holder.close()
 
 
 def test_backend_id_is_not_reused_while_connections_are_open(

@@ -33,7 +33,7 @@ from ebpfproxy.datapath.services.former import former_backends, with_former
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import Backend, BackendState, Family, Protocol, ServicePortKey
 from tests.datapath.test_socket_records import Sockets
-from tests.datapath.writing import backend, port
+from tests.datapath.writing import backend, port, set_load
 
 pytestmark = pytest.mark.root
 
@@ -342,3 +342,17 @@ def test_maps_of_no_other_size_have_no_former_backends(pins: Path, stack: ExitSt
     only = _Sized(pins, stack, 64)
     only.writer.apply([port("a", [1])], complete=True)
     assert former_backends(pins, only.maps) == {}
+
+
+def test_terminating_backend_that_another_service_selects_is_a_former_one_of_what_has_it_open(
+    pins: Path, stack: ExitStack
+) -> None:
+    old, new = _Sized(pins, stack, 64), _Sized(pins, stack, 128)
+    others = [port("b", [1], terminating=(1,))]
+    old.writer.apply([port("a", [1, 2]), *others], complete=True)
+    service = next(number for number, key in old.writer.names().items() if key.name == "a")
+    old.flow(BackendUse(service, old.id_of(1)), 1, 1001)
+    set_load(old.maps, old.id_of(1), flows_begun=1)
+    old.writer.apply([port("a", [2], terminating=(1,)), *others])
+    former = former_backends(pins, new.maps)
+    assert former[port("a", []).key] == {backend(1), backend(2)}

@@ -34,6 +34,8 @@ OTHERS: dict[str, list[ServicePort]] = {
     "alone": [],
     "ready elsewhere": [port("b", [1])],
     "unready elsewhere": [port("b", [3], idle=[1])],
+    # It has no other one.
+    "terminating elsewhere": [port("b", [1], terminating=(1,))],
 }
 
 
@@ -107,6 +109,7 @@ def agents(bench: Bench) -> Iterator[Agents]:
         *((state, "alone") for state in STATES if state != "deleted"),
         ("absent", "ready elsewhere"),
         ("absent", "unready elsewhere"),
+        ("terminating", "terminating elsewhere"),
     ],
 )
 @pytest.mark.parametrize("after", STATES)

@@ -53,7 +53,7 @@ def adopt(maps: MapSet, names: Mapping[int, ServicePortKey], tables: Tables) -> 
             number,
             tuple(entries.get(number, ())),
             frozenset(sources.get(number, NO_SOURCES)),
-            unselected.get(number, NO_IDS) | absent,
+            unselected.get(number, NO_IDS) - selected | absent,
             members=members.get(number, NO_MEMBERS),
         )
         known.inactive = backends.adopt(selected | known.unselected, absent)
@@ -102,7 +102,7 @@ def _members(
 
 
 def _with_something_open(maps: MapSet, backends: Backends) -> dict[int, frozenset[int]]:
-    """Backends in no selection that sockets or flows still use, by service id."""
+    """Backends that sockets or flows use, by service id: those that it may not select."""
     busy = backends.busy()
     found: dict[int, set[int]] = {}
     for service_id, backend_id in uses(maps) if busy else ():

@@ -91,8 +91,12 @@ class Backends:
         return self._ids.numbers()
 
     def busy(self) -> set[int]:
-        """Those that were there before, are in no selection, and have something open."""
-        return {n for n in self.numbers() if n not in self._selected and self.is_open(n)}
+        """Those that were there before, that some service port may not select, and that have something open.
+
+        What is not active may be selected by another one, which has nothing else.
+        """
+        surely_selected = self._selected - self._inactive
+        return {n for n in self.numbers() if n not in surely_selected and self.is_open(n)}
 
     def unsettled(self) -> frozenset[int]:
         """Those that were there before, in no selection, but active: no agent has said what they are."""

@@ -143,8 +143,8 @@ class Housekeeping:
         """Each round is for all backends that were removed before it begins."""
         if not self._endings.is_due:
             return
-        removed, lost = self._writer.take_removed_backends(), self._writer.take_lost_frontends()
-        if not removed and not lost:
+        removed, losers = self._writer.take_removed_backends(), self._writer.take_losers()
+        if not removed and losers is None:
             return
         self._endings.begin(_ENDING_SECONDS)
         tcp = self._options.stale_tcp
@@ -155,7 +155,7 @@ class Housekeeping:
                 removed,
                 tcp,
                 is_current=self._writer.is_current,
-                lost=lost,
+                losers=losers,
                 redirect=self._redirect,
                 reports=reports,
             ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.abi.socket_layout import Redirect
 from ebpfproxy.datapath.flows.decision_reports import DecisionReports
 from ebpfproxy.datapath.flows.origin_table import OriginTable
-from ebpfproxy.datapath.flows.origins import LostFrontend, stale_sockets
+from ebpfproxy.datapath.flows.origins import stale_sockets
 from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -55,15 +55,15 @@ def end_stale_sockets(
     tcp: StaleTcp,
     *,
     is_current: Callable[[BackendUse, Removal], bool],
-    lost: Collection[LostFrontend],
+    losers: Container[int] | None,
     redirect: Callable[[dict[bytes, bytes]], None],
     reports: DecisionReports | None = None,
 ) -> Ended:
     """Redirects or closes them. It takes some time, and should run in a thread of its own.
 
-    ``is_current``: says if a backend is still removed. ``lost``: frontends that are another service's by now,
-    or nobody's, whose backends may be well. ``redirect`` gets keys and values of ``sock_redirects``.
-    ``reports`` gets the sockets that are closed.
+    ``is_current``: says if a backend is still removed. ``losers``: services that may have lost frontends to
+    another, or to nobody, whose backends may be well. ``redirect`` gets keys and values for
+    ``sock_redirects``, and ``reports`` the sockets that are closed.
     """
     # After this, a connect() that chose before the change has stored its choice.
     grace.wait()
@@ -72,14 +72,17 @@ def end_stale_sockets(
     unseen = redirected = 0
     for pause in _PAUSES:
         time.sleep(pause)
-        found = stale_sockets(maps, removed, tcp, lost, is_current=is_current, rest=lambda: time.sleep(0))
+        found = stale_sockets(maps, removed, tcp, losers, is_current=is_current, rest=lambda: time.sleep(0))
         stale = {Peer(each.address, each.port, each.protocol): cookies for each, cookies in found.items()}
         if left := _without(handled, stale):
-            made = _redirects(maps, left)
-            if made:
-                redirect({key: socket_layout.pack_redirect(each) for key, each in made.items()})
+            if made := _redirects(maps, left):
+                packed = {key: socket_layout.pack_redirect(each) for key, each in made.items()}
+                # Whoever has one may be found again: at each start, or since its backend is removed for good.
+                table = maps["sock_redirects"]
+                if new := {key: value for key, value in packed.items() if table.lookup(key) != value}:
+                    redirect(new)
                 handled |= {each.cookie for each in made.values()}
-                redirected += len(made)
+                redirected += len(new)
                 left = _without(handled, left)
             closed = _close(maps, left, reports)
             for peer, cookies in left.items():

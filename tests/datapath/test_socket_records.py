@@ -14,7 +14,15 @@ from ebpfproxy.config.datapath import Capacity, StaleTcp
 from ebpfproxy.datapath.abi import socket_layout
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason
 from ebpfproxy.datapath.abi.hooks import RECORDS
-from ebpfproxy.datapath.abi.layout import U32, U64, pack_address, pack_name
+from ebpfproxy.datapath.abi.layout import (
+    U32,
+    U64,
+    Scope,
+    pack_address,
+    pack_name,
+    pack_service,
+    pack_service_key,
+)
 from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEER, OriginKind
 from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
@@ -203,3 +211,65 @@ def test_sockets_whose_backend_has_come_back_are_not_stale(
     found = stale_sockets(sockets.maps, removed, StaleTcp.GONE, is_current=is_current)
     assert asked == [*removed.items()]
     assert found == ({backend: {COOKIE}} if is_removed else {})
+
+
+_FRONTEND6, _BACKEND6 = (bytes.fromhex(f"fd0000100096{n:020x}") for n in (1, 2))
+_KINDS = {
+    "cluster IP": (FRONTEND, BACKEND, FRONTEND),
+    "IPv6": (_FRONTEND6, _BACKEND6, _FRONTEND6),
+    "NodePort": (FRONTEND, BACKEND, bytes(4)),
+    "NodePort with IPv6": (_FRONTEND6, _BACKEND6, bytes(16)),
+}
+
+
+@pytest.mark.parametrize("owner", [USE.service_id, 4, None], ids=["back", "moved", "removed"])
+@pytest.mark.parametrize("kind", _KINDS)
+def test_sockets_whose_frontend_is_their_services_again_are_not_stale(
+    pins: Path, stack: ExitStack, kind: str, owner: int | None
+) -> None:
+    """A search is for services, and whether they have a frontend is read when it has found sockets."""
+    frontend, address, key = _KINDS[kind]
+    sockets = Sockets(pins, stack, 64)
+
+    def assign() -> None:
+        """While sockets are searched for."""
+        if owner is not None:
+            sockets.maps["services4" if len(key) == 4 else "services6"].update(
+                pack_service_key(key, 53, Protocol.UDP, Scope.INTERNAL), pack_service(owner, 0, 0, 0, 0)
+            )
+
+    backend = Backend(address, 8053, Protocol.UDP)
+    sockets.maps.backends().write(USE.backend_id, backend, BackendState.ACTIVE)
+    assert sockets.programs.restore([origin(frontend, address)]) == 1
+    stale = {} if owner == USE.service_id else {backend: {COOKIE}}
+    for losers, found in (({USE.service_id}, stale), (range(16), stale), ({4}, {}), (None, {})):
+        asked = stale_sockets(sockets.maps, {}, StaleTcp.GONE, losers, is_current=_never_asked, rest=assign)
+        assert asked == found
+
+
+def _never_asked(_use: BackendUse, _removal: Removal) -> bool:
+    raise AssertionError("no backend was removed")
+
+
+def test_tcp_sockets_stay_whoever_has_their_frontend(pins: Path, stack: ExitStack) -> None:
+    """As connections do in netfilter, until their backend is removed."""
+    sockets = Sockets(pins, stack, 64)
+    backend = Backend(BACKEND, 8053, Protocol.TCP)
+    sockets.maps.backends().write(USE.backend_id, backend, BackendState.ACTIVE)
+    assert sockets.programs.restore([origin(FRONTEND, BACKEND)]) == 1
+    assert stale_sockets(sockets.maps, {}, StaleTcp.GONE, range(16), is_current=_never_asked) == {}
+
+
+def test_socket_that_has_lost_its_frontend_is_stale_though_its_backend_has_come_back(
+    pins: Path, stack: ExitStack
+) -> None:
+    sockets = Sockets(pins, stack, 64)
+    backend = Backend(BACKEND, 8053, Protocol.UDP)
+    sockets.maps.backends().write(USE.backend_id, backend, BackendState.ACTIVE)
+    assert sockets.programs.restore([origin(FRONTEND, BACKEND)]) == 1
+    set_load(sockets.maps, USE.backend_id, sockets_opened=1)
+    removed = {USE: Removal(RemovalReason.IDLE, 0)}
+    found = stale_sockets(
+        sockets.maps, removed, StaleTcp.GONE, {USE.service_id}, is_current=lambda _use, _removal: False
+    )
+    assert found == {backend: {COOKIE}}

@@ -101,8 +101,8 @@ def test_map_writes_of_a_change_are_ordered_so_that_no_reference_dangles(bench: 
             "+ services4",
             "- services4",
             "- source_ranges",
-            "- service_names",
             "+ departures",
+            "- service_names",
         ]
 
 

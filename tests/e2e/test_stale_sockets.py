@@ -174,6 +174,24 @@ def test_sockets_of_a_backend_removed_while_no_agent_ran_are_closed_at_start(
     assert ended(holder) == THROUGH
 
 
+@pytest.mark.parametrize("option", ["unready", "gone"])
+def test_sockets_of_an_endpoint_that_is_unready_when_the_next_agent_starts(
+    cluster: SharedBackendCluster, agent: Callable[..., Agent], option: str
+) -> None:
+    """The agent before it was waiting for the endpoint to be added again."""
+    first = agent("--stale-tcp-seconds", "600", "--stale-tcp", option)
+    holder = cluster.hold("tcp")
+    cluster.set_backend("gone")
+    until(lambda: cluster.backends()[f"[{cluster.web.address6}]:8080/TCP"]["state"] == "quarantined")
+    first.kill()
+    cluster.set_backend("unready")
+    agent("--stale-tcp-seconds", "600", "--stale-tcp", option)
+    wanted = THROUGH if option == "unready" else set()
+    holder.watch(len(wanted))
+    assert ended(holder) == wanted
+    holder.close()
+
+
 def test_backend_id_is_not_reused_while_connections_are_open(
     cluster: SharedBackendCluster, agent: Callable[..., Agent]
 ) -> None:

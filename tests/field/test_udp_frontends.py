@@ -138,6 +138,28 @@ def test_udp_flow_of_a_deleted_service_ends(cluster: MovingFrontendsCluster, fam
         until(lambda: sock.ask_at(host, port, 0.3) in ("nothing", "ECONNREFUSED", "EHOSTUNREACH"))
 
 
+@pytest.mark.parametrize("size", ["500", "1000"], ids=["same size", "other size"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_udp_follows_a_frontend_that_moved_while_no_agent_ran(
+    cluster: MovingFrontendsCluster, family: int, size: str
+) -> None:
+    """Also to maps of another size, into which flows and records of sockets are copied."""
+    host, port = cluster.frontend("externalIP", family)
+    cluster.lab.agents[-1].stop()
+    cluster.assign("externalIP", "a")
+    cluster.agent("--max-services", "500").start()
+    with Remote(cluster.outside, host) as outside, Remote(cluster.client, host) as connected:
+        outside.bind("", 12_003)
+        until(lambda: outside.ask_at(host, port, 0.3) == "w1")
+        connected.connect(host, port)
+        until(lambda: connected.ask(0.3) == "w1")
+        cluster.lab.agents[-1].kill()
+        cluster.assign("externalIP", "b")
+        cluster.agent("--max-services", size).start()
+        until(lambda: outside.ask_at(host, port, 0.3) == "w2", "datagrams do not go to Service b", AT_ONCE)
+        until(lambda: connected.ask(0.3) == "w2", "datagrams of a socket do not go to Service b", AT_ONCE)
+
+
 @pytest.mark.parametrize("kind", ["externalIP", "NodePort"])
 def test_tcp_connection_keeps_the_service_that_it_was_opened_with(
     cluster: MovingFrontendsCluster, kind: str

@@ -120,7 +120,6 @@ class MapMigration:
         """Copies all but records of sockets."""
         old, new, entries, now = source.maps, self._new, {}, set[int]()
         epochs = new.shared("epochs").words()
-        removed = {flow_layout.unpack_departure(key) for key, _ in new["departures"].items()}
         for entry in starmap(Entry, old["conntrack"].changed(NAT_STATE, source.flows, now)):
             value = entry.value
             if entry.use != NO_USE:
@@ -131,8 +130,9 @@ class MapMigration:
                 if service is None or backend is None:
                     continue
                 use = BackendUse(service, backend)
-                # An epoch before the current one has the flow ask if its backend has been removed.
-                value = entry.with_use(use, epochs[service] - (use in removed))
+                # An epoch before the current one has the flow ask if its backend has been removed, and if
+                # its frontend is its Service's still.
+                value = entry.with_use(use, epochs[service] - 1)
             entries[entry.key] = value
         if entries:
             # Programs look for an entry only where the filter says so.

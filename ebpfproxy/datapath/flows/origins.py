@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from ebpfproxy.config.datapath import StaleTcp
-from ebpfproxy.datapath.abi import socket_layout
+from ebpfproxy.datapath.abi import layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason
+from ebpfproxy.datapath.abi.layout import Scope
 from ebpfproxy.datapath.flows.origin_table import OriginTable
 from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -21,22 +23,23 @@ def _ends_connections(tcp: StaleTcp, why: RemovalReason) -> bool:
     return tcp is StaleTcp.UNREADY and why is RemovalReason.IDLE
 
 
-class LostFrontend(NamedTuple):
-    """A UDP frontend that a service had. A NodePort's address is unspecified: it is any of the node's."""
+#: Sockets' cookies by backend.
+_Sockets = dict[Backend, set[int]]
+
+
+class _Frontend(NamedTuple):
+    """What a socket asked for, and the service that it was of."""
 
     service_id: int
     address: bytes
     port: int
 
 
-_NODE_PORTS = (bytes(4), bytes(16))
-
-
 def stale_sockets(
     maps: MapSet,
     removed: Mapping[BackendUse, Removal],
     tcp: StaleTcp,
-    lost: Collection[LostFrontend] = (),
+    losers: Container[int] | None = None,
     *,
     is_current: Callable[[BackendUse, Removal], bool],
     rest: Callable[[], None] = lambda: None,
@@ -44,39 +47,52 @@ def stale_sockets(
     """Cookies of the sockets that were translated to backends which their service has lost, by backend.
 
     Datagram sockets are among them whatever ``tcp`` says: they have no connection to lose, and would send to
-    nobody; so are those whose frontend their service has ``lost``. ``is_current``: says if a backend is still
-    removed; sockets may have chosen one that has come back. ``rest`` is called between batches.
+    nobody; so are those whose frontend is not their service's now. ``losers``: the ids of services that may
+    have lost one. ``is_current``: says if a backend is still removed; sockets may have chosen one that has
+    come back. ``rest`` is called between batches.
     """
     wanted = _with_sockets(maps, removed, tcp)
-    found: dict[Backend, set[int]] = {}
-    of_removed: dict[BackendUse, dict[Backend, set[int]]] = {}
-    losers = {each.service_id for each in lost}
-    if not wanted and not losers:
+    found: _Sockets = {}
+    if not wanted and losers is None:
         return found
+    of_removed: dict[BackendUse, _Sockets] = {}
+    of_losers: dict[_Frontend, _Sockets] = {}
+    backends = maps.backends()
+    is_datagram = cache(lambda number: (each := backends.read(number)) and each[0].protocol is Protocol.UDP)
     for origins in OriginTable(maps).connected(rest):
         for place, use in enumerate(socket_layout.origin_uses(origins)):
-            protocol = wanted.get(use)
-            if protocol is None and use[0] not in losers:
+            is_loser = losers is not None and use[0] in losers and is_datagram(use[1])
+            protocol = Protocol.UDP if is_loser else wanted.get(use)
+            if protocol is None:
                 continue
             origin = origins[place * socket_layout.ORIGIN.size :][: socket_layout.ORIGIN.size]
-            if protocol is not None:
-                sockets = of_removed.setdefault(BackendUse(*use), {})
-            elif _has_lost(use[0], origin, lost):
-                protocol, sockets = Protocol.UDP, found
-            else:
-                continue
             backend = Backend(*socket_layout.origin_backend(origin), protocol)
-            sockets.setdefault(backend, set()).add(socket_layout.origin_cookie(origin))
-    # Those that have been found chose a backend before this question.
-    for each, sockets in of_removed.items():
-        for backend, cookies in sockets.items() if is_current(each, removed[each]) else ():
+            cookie = socket_layout.origin_cookie(origin)
+            if use in wanted:
+                of_removed.setdefault(BackendUse(*use), {}).setdefault(backend, set()).add(cookie)
+            if is_loser:
+                frontend = _Frontend(use[0], *socket_layout.origin_frontend(origin))
+                of_losers.setdefault(frontend, {}).setdefault(backend, set()).add(cookie)
+    # Those that have been found chose before these questions.
+    stale = [sockets for use, sockets in of_removed.items() if is_current(use, removed[use])]
+    stale += [sockets for frontend, sockets in of_losers.items() if not _is_served(maps, frontend)]
+    for sockets in stale:
+        for backend, cookies in sockets.items():
             found.setdefault(backend, set()).update(cookies)
     return found
 
 
-def _has_lost(service_id: int, origin: bytes, lost: Collection[LostFrontend]) -> bool:
-    address, port = socket_layout.origin_frontend(origin)
-    return any(LostFrontend(service_id, each, port) in lost for each in (address, *_NODE_PORTS))
+def _is_served(maps: MapSet, frontend: _Frontend) -> bool:
+    """Says if the service has the UDP frontend. A NodePort's address is unspecified: any of the node's."""
+    service_id, address, port = frontend
+    table = maps["services4" if len(address) == 4 else "services6"]
+    keys = (
+        layout.pack_service_key(each, port, Protocol.UDP, Scope.INTERNAL)
+        for each in (address, bytes(len(address)))
+    )
+    return any(
+        entry is not None and service_id == layout.service_id(entry) for entry in map(table.lookup, keys)
+    )
 
 
 def _with_sockets(

@@ -43,18 +43,20 @@ def adopt(maps: MapSet, names: Mapping[int, ServicePortKey], tables: Tables) -> 
     sources = _sources(maps)
     members, strangers = _members(maps, names.keys())
     unselected = _with_something_open(maps, backends)
-    for number, absent in _absent(names.keys(), backends, removed).items():
-        unselected[number] = unselected.get(number, NO_IDS) | absent
+    missing = _absent(names.keys(), backends, removed)
     published = {}
     for number, name in names.items():
+        selected = selections.backends(number)
+        # What is selected is back, though an agent was killed before it said so.
+        absent = missing.get(number, NO_IDS) - selected
         known = Published(
             number,
             tuple(entries.get(number, ())),
             frozenset(sources.get(number, NO_SOURCES)),
-            unselected.get(number, NO_IDS),
+            unselected.get(number, NO_IDS) - selected | absent,
             members=members.get(number, NO_MEMBERS),
         )
-        known.inactive = backends.adopt(selections.backends(number) | known.unselected)
+        known.inactive = backends.adopt(selected | known.unselected, absent)
         _remove_idle(number, known.inactive.idle, removed)
         published[name] = known
     used = entries.keys() | sources.keys() | {each.service_id for each in strangers}
@@ -100,7 +102,7 @@ def _members(
 
 
 def _with_something_open(maps: MapSet, backends: Backends) -> dict[int, frozenset[int]]:
-    """Backends in no selection that sockets or flows still use, by service id."""
+    """Backends that sockets or flows use, by service id: those that it may not select."""
     busy = backends.busy()
     found: dict[int, set[int]] = {}
     for service_id, backend_id in uses(maps) if busy else ():

@@ -91,8 +91,12 @@ class Backends:
         return self._ids.numbers()
 
     def busy(self) -> set[int]:
-        """Those that were there before, are in no selection, and have something open."""
-        return {n for n in self.numbers() if n not in self._selected and self.is_open(n)}
+        """Those that were there before, that some service port may not select, and that have something open.
+
+        What is not active may be selected by another one, which has nothing else.
+        """
+        surely_selected = self._selected - self._inactive
+        return {n for n in self.numbers() if n not in surely_selected and self.is_open(n)}
 
     def unsettled(self) -> frozenset[int]:
         """Those that were there before, in no selection, but active: no agent has said what they are."""
@@ -187,23 +191,25 @@ class Backends:
 
     # -- held by service ports
 
-    def adopt(self, held: Set[int]) -> InactiveBackends:
-        """Notes that an adopted service port holds these; returns those that are not active."""
+    def adopt(self, held: Set[int], absent: frozenset[int]) -> InactiveBackends:
+        """Notes that an adopted service port holds these; returns those that are not active.
+
+        ``absent``: those of them whose endpoint may come back, which no state says.
+        """
         for number in held:
             self._refs[number] += 1
         by_state: dict[int, set[int]] = {}
-        for number in self._inactive & held:
+        for number in (self._inactive & held) - absent:
             by_state.setdefault(self._kept.state(number), set()).add(number)
-        if not by_state:
+        if not by_state and not absent:
             return ALL_ACTIVE
         # An agent was killed before its change came to pass.
-        self._turned |= by_state.get(BackendState.GONE, NO_IDS)
-        inactive = InactiveBackends(
-            *(
-                frozenset(by_state.get(state, NO_IDS))
-                for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
-            )
+        self._turned |= absent | by_state.get(BackendState.GONE, NO_IDS)
+        leaving, idle, drained = (
+            frozenset(by_state.get(state, NO_IDS))
+            for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
         )
+        inactive = InactiveBackends(leaving, idle, drained, absent)
         self._recount(ALL_ACTIVE, inactive)
         return inactive
 

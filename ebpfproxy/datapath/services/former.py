@@ -17,7 +17,7 @@ from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.flows.map_migration import other_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.adopt import service_names, uses
-from ebpfproxy.services.model import Backend, ServicePort, ServicePortKey
+from ebpfproxy.services.model import Backend, BackendState, ServicePort, ServicePortKey
 
 Former = Mapping[ServicePortKey, Collection[Backend]]
 
@@ -50,9 +50,10 @@ def _uses(old: MapSet, services: Collection[int]) -> Iterator[BackendUse]:
             for backend_id in {*backend_ids(selections.slots(used))}:
                 selected.add(backend_id)
                 yield BackendUse(number, backend_id)
-    loads = old.loads()
-    if any(loads[number].open_now > 0 for number in old.backends().ids() if number not in selected):
-        # Those that are draining, for example.
+    loads, records = old.loads(), old.backends()
+    unsure = (n for n in records.ids() if n not in selected or records.state(n) != BackendState.ACTIVE)
+    if any(loads[number].open_now > 0 for number in unsure):
+        # Those that are draining, for example, whether another service port selects them or not.
         yield from set(uses(old)) - gone
 
 

@@ -127,6 +127,8 @@ class Change(msgspec.Struct):
     #: Service ids, each with a frontend that it has no longer.
     withdrawn: list[tuple[int, ServiceKey]] = []
     closed: list[tuple[int, Prefix]] = []
+    #: Ids of service ports that are gone.
+    deleted: list[int] = []
     #: The service ports that get something new, by service id.
     placed: dict[int, tuple[ServicePort, Published]] = {}
     #: Service ids, each with something that a map had no room for. Publishing notes them.

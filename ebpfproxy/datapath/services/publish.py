@@ -14,6 +14,8 @@ Before a change is published, its new backends and slots are written where no pr
 7. *Source ranges*, then *frontends*: a frontend is found only when its selection and its ranges are there. A
    frontend that moves to another Service is overwritten, and never missing.
 8. *Frontends that go*, then their source ranges: a client that still finds one is checked.
+9. *Service ports that go*: step 6 for their backends, then their names, without which a start would not
+   repeat that.
 
 What was replaced is retired by the writer: ids and ranges are used again after a grace period, when no
 program can still hold them.
@@ -83,12 +85,15 @@ class Publisher:
         self.settle(change)
 
     def settle(self, change: Change) -> None:
-        """Step 6."""
+        """Steps 6 and 9."""
         for each in change.removals:
             self._removed_backends.withdraw(each.service_id, each.back)
             self._removed_backends.note(each.service_id, each.removed)
         change.removals = []
         self._backends.settle()
+        for service_id in change.deleted:
+            self._forget_name(service_id)
+        change.deleted = []
 
     def _write_names(self, change: Change) -> None:
         """Step 1."""
@@ -136,7 +141,7 @@ class Publisher:
         for service_id, prefix in change.closed:
             self._sources.delete(layout.pack_source_range(service_id, prefix))
 
-    def forget_name(self, service_id: int) -> None:
+    def _forget_name(self, service_id: int) -> None:
         """Deletes a name: nothing that readers find has the id any more."""
         self._names.delete(U32.pack(service_id))
         self._unnamed.pop(service_id, None)

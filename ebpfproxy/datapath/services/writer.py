@@ -13,7 +13,6 @@ from contextlib import suppress
 
 from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
-from ebpfproxy.datapath.flows.origins import LostFrontend
 from ebpfproxy.datapath.flows.removed_backends import Removal, RemovedBackends
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
@@ -79,7 +78,7 @@ class Writer:
         self._unsettled = self._backends.unsettled()
         self._placer = Placer(self._selections, self._backends, maglev_size)
         self._removed_backends = RemovedBackends(maps)
-        self._lost = LostFrontends(self._removed_backends)
+        self._lost = LostFrontends(self._removed_backends, names, maps["service_names"].spec.max_entries)
         self._frontends = Frontends(maps, self._lost.note)
         if maps.adopted:
             # Programs may be using what an agent that was killed had replaced, and they had cached.
@@ -311,12 +310,14 @@ class Writer:
             return
         held = self._held(known)
         # Connections outlive their Service, as in kube-proxy; what has no connection does not.
-        stay = frozenset(held - self._absences.forget(key))
+        # What an earlier agent waited for is not waited for yet.
+        waiting = known.inactive.absent if self._is_first_state else NO_IDS
+        stay = frozenset(held - waiting - self._absences.forget(key))
         self._hold(known, held, stay, InactiveBackends(idle=stay), change)
         self._backends.hold(NO_IDS, stay, known.inactive, ALL_ACTIVE)
         used = [each for each in self._selections.ranges(known.id) if each[1]]
         self._retirement.add_ranges(known.id, used)
-        self._publisher.forget_name(known.id)
+        change.deleted.append(known.id)
         self._retirement.add_service(key)
 
     def _drop_leftovers(self) -> None:
@@ -374,8 +375,8 @@ class Writer:
             # What went on after its Service was gone has been counted again for the id.
             self._measures.keep(self.names().keys(), set(self._backends.numbers()))
 
-    def take_lost_frontends(self) -> set[LostFrontend]:
-        """UDP frontends that services have lost since the last call, whose sockets have to end."""
+    def take_losers(self) -> Container[int] | None:
+        """Ids of services that may have lost UDP frontends since the last call, whose sockets have to end."""
         return self._lost.take()
 
     @property

@@ -1,0 +1,130 @@
+"""UDP frontends that services lose while agents are killed: flows and connected sockets do not stay with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import msgspec
+import pytest
+
+from ebpfproxy.config.datapath import StaleTcp
+from ebpfproxy.datapath.abi.flow_layout import BackendUse
+from ebpfproxy.datapath.abi.socket_layout import with_origin_ids
+from ebpfproxy.datapath.flows.origins import stale_sockets
+from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
+from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.services.retirement import Retirement
+from ebpfproxy.datapath.services.writer import Writer
+from ebpfproxy.services.model import Backend, FrontendKind, Protocol, ServicePort
+from tests.datapath.test_socket_records import COOKIE, Sockets, origin
+from tests.datapath.writing import KilledError, port
+
+pytestmark = pytest.mark.root
+
+OWN = bytes((10, 96, 0, ord("a")))
+#: An external IP that Services a and b have in turn.
+MOVING = bytes((203, 0, 113, 60))
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as found:
+        yield found
+
+
+def _udp(name: str, *, has: bool) -> ServicePort:
+    made = port(name, [1 if name == "a" else 2])
+    frontends = [each._replace(protocol=Protocol.UDP) for each in made.frontends]
+    if has:
+        frontends.append(frontends[0]._replace(kind=FrontendKind.EXTERNAL_IP, address=MOVING, port=53))
+    return msgspec.structs.replace(
+        made,
+        key=made.key._replace(protocol=Protocol.UDP),
+        frontends=tuple(frontends),
+        cluster=tuple(msgspec.structs.replace(each, protocol=Protocol.UDP) for each in made.cluster),
+    )
+
+
+BEFORE = [_udp("a", has=True), _udp("b", has=False)]
+AFTER = {
+    "moved": [_udp("a", has=False), _udp("b", has=True)],
+    "removed": [_udp("a", has=False), _udp("b", has=False)],
+    "deleted": [_udp("b", has=False)],
+}
+KILLED_AT = {
+    "before flows are told": (RemovedBackends, "look_again"),
+    "without its name": (Retirement, "add_service"),
+    "before the search": None,
+}
+
+
+class _Agent(Sockets):
+    def __init__(self, pins: Path, stack: ExitStack) -> None:
+        super().__init__(pins, stack, 64)
+        grace = Grace()
+        stack.callback(grace.close)
+        self.writer = Writer(self.maps, grace.wait)
+
+    @property
+    def epoch(self) -> int:
+        return self.maps.shared("epochs").words()[0]
+
+    def backend(self, number: int) -> Backend:
+        found = self.maps.backends().read(number)
+        assert found is not None
+        return found[0]
+
+    def connect(self, frontend: bytes, port_number: int, cookie: int) -> None:
+        """Records a connected socket of Service a."""
+        record = origin(frontend, self.backend(0).address, port=port_number, cookie=cookie)
+        assert self.programs.restore([with_origin_ids(record, BackendUse(0, 0), 0)]) == 1
+
+    def stale(self) -> set[int]:
+        """The cookies of sockets that are found to have lost their frontend."""
+        found = stale_sockets(
+            self.maps, {}, StaleTcp.NEVER, self.writer.take_losers(), is_current=lambda _use, _removal: True
+        )
+        return {cookie for cookies in found.values() for cookie in cookies}
+
+
+@pytest.mark.parametrize(
+    ("after", "killed_at"),
+    [(after, at) for after in AFTER for at in KILLED_AT if after == "deleted" or at != "without its name"],
+)
+def test_frontend_is_lost_though_the_agent_is_killed(
+    pins: Path, stack: ExitStack, after: str, killed_at: str
+) -> None:
+    agent = _Agent(pins, stack)
+    agent.writer.apply(BEFORE, complete=True)
+    agent.connect(MOVING, 53, COOKIE)
+    agent.connect(OWN, 80, COOKIE + 1)
+    assert agent.stale() == set()
+    epoch = agent.epoch
+    target = KILLED_AT[killed_at]
+    gone = [each.key for each in BEFORE if each.key not in {other.key for other in AFTER[after]}]
+    if target is None:
+        agent.writer.apply(AFTER[after], gone)
+    else:
+        with patch.object(*target, side_effect=KilledError), pytest.raises(KilledError):
+            agent.writer.apply(AFTER[after], gone)
+    successor = _Agent(pins, stack)
+    assert successor.maps.adopted
+    successor.writer.apply(AFTER[after], complete=True)
+    assert successor.epoch > epoch
+    assert successor.stale() == ({COOKIE, COOKIE + 1} if after == "deleted" else {COOKIE})
+    assert successor.stale() == set(), "the search is done"
+
+
+def test_frontend_that_is_back_before_the_search_is_not_lost(pins: Path, stack: ExitStack) -> None:
+    agent = _Agent(pins, stack)
+    agent.writer.apply(BEFORE, complete=True)
+    assert agent.stale() == set()
+    agent.connect(MOVING, 53, COOKIE)
+    agent.writer.apply(AFTER["moved"])
+    agent.writer.apply(BEFORE)
+    assert agent.stale() == set()
+    agent.writer.apply(AFTER["moved"])
+    assert agent.stale() == {COOKIE}

@@ -1,0 +1,168 @@
+"""A start on maps that are there: the new agent writes of an endpoint what the former would have written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason, unpack_departure
+from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.kernel import maps
+from ebpfproxy.datapath.services import adopt
+from ebpfproxy.datapath.services.backends import Backends
+from ebpfproxy.datapath.services.retirement import Retirement
+from ebpfproxy.datapath.services.writer import Writer
+from ebpfproxy.services.model import BackendState, ServicePort
+from tests.datapath.writing import TABLE, Bench, KilledError, backend, port
+
+pytestmark = pytest.mark.root
+
+WAIT = 5.0
+#: The endpoint 1 of the Service a, whose other one is ready.
+STATES: dict[str, list[ServicePort]] = {
+    "ready": [port("a", [1, 2])],
+    "unready": [port("a", [2], idle=[1])],
+    "terminating": [port("a", [2], terminating=(1,))],
+    "drained": [port("a", [2], drained=[1])],
+    "absent": [port("a", [2])],
+    "deleted": [],
+}
+#: Another Service that has the endpoint, too.
+OTHERS: dict[str, list[ServicePort]] = {
+    "alone": [],
+    "ready elsewhere": [port("b", [1])],
+    "unready elsewhere": [port("b", [3], idle=[1])],
+    # It has no other one.
+    "terminating elsewhere": [port("b", [1], terminating=(1,))],
+}
+
+
+class Agents:
+    """One after the other, with a clock that the test sets. A connection to endpoint 1 is open all the time."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        #: The only item is the time.
+        self._clock = [100.0]
+        self.begin()
+
+    def begin(self, *others: ServicePort) -> None:
+        self._bench.empty()
+        self._open(WAIT)
+        self.apply(*STATES["ready"], *others)
+        self._bench.count_open(self.first, 1, flow=False)
+
+    def _open(self, wait: float) -> None:
+        assert self._bench.maps is not None
+        # Without a cycle, in which maps would stay open until it is collected.
+        clock = self._clock
+        self.writer = Writer(
+            self._bench.maps, self._bench.grace.wait, maglev_size=TABLE, absence=wait, clock=lambda: clock[0]
+        )
+
+    def restart(self, wait: float = WAIT) -> None:
+        use = BackendUse(0, self.first)
+        del self.writer
+        self._bench.close_maps()
+        self._bench.maps = maps.open_or_create(self._bench.pins, self._bench.capacity)
+        with patch.object(adopt, "uses", return_value=iter([use])):
+            self._open(wait)
+
+    def apply(self, *wanted: ServicePort) -> None:
+        assert self.writer.apply(wanted, complete=True) == []
+
+    def pass_time(self) -> None:
+        self._clock[0] += WAIT
+        self.writer.end_absences()
+
+    @property
+    def first(self) -> int:
+        """The id of endpoint 1."""
+        return next(number for number, (each, _) in self._bench.records.items() if each == backend(1))
+
+    @property
+    def reasons(self) -> dict[int, RemovalReason]:
+        """Why backends were removed from Service a, by id."""
+        assert self._bench.maps is not None
+        found = self._bench.maps["departures"].items()
+        reasons = {BackendUse(*unpack_departure(key)): RemovalReason(*U32.unpack(why)) for key, why in found}
+        return {use.backend_id: why for use, why in reasons.items() if use.service_id == 0}
+
+    @property
+    def written(self) -> tuple[dict[int, RemovalReason], dict[int, BackendState]]:
+        return self.reasons, {number: state for number, (_, state) in self._bench.records.items()}
+
+
+@pytest.fixture
+def agents(bench: Bench) -> Iterator[Agents]:
+    made = Agents(bench)
+    yield made
+    # It refers to the arrays' memory.
+    del made.writer
+
+
+@pytest.mark.parametrize(
+    ("before", "elsewhere"),
+    [
+        *((state, "alone") for state in STATES if state != "deleted"),
+        ("absent", "ready elsewhere"),
+        ("absent", "unready elsewhere"),
+        ("terminating", "terminating elsewhere"),
+    ],
+)
+@pytest.mark.parametrize("after", STATES)
+def test_start_after_a_change_writes_what_a_running_agent_writes(
+    agents: Agents, before: str, after: str, elsewhere: str
+) -> None:
+    others, found = OTHERS[elsewhere], []
+    for is_restarted in (False, True):
+        agents.begin(*others)
+        agents.apply(*STATES[before], *others)
+        if is_restarted:
+            agents.restart()
+        agents.apply(*STATES[after], *others)
+        now = agents.written
+        agents.pass_time()
+        found.append((now, agents.written))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("after", "reason"), [("absent", RemovalReason.GONE), ("unready", RemovalReason.IDLE)]
+)
+def test_absent_endpoint_where_the_next_agent_waits_for_none(
+    agents: Agents, after: str, reason: RemovalReason
+) -> None:
+    agents.apply(*STATES["absent"])
+    assert agents.reasons == {agents.first: RemovalReason.ABSENT}
+    agents.restart(wait=0.0)
+    agents.apply(*STATES[after])
+    assert agents.reasons == {agents.first: reason}
+
+
+@pytest.mark.parametrize("after", ["absent", "unready", "ready"])
+def test_agent_that_is_killed_before_it_stores_that_an_endpoint_is_absent(agents: Agents, after: str) -> None:
+    expected = {
+        "absent": (RemovalReason.ABSENT, BackendState.QUARANTINED),
+        "unready": (RemovalReason.IDLE, BackendState.QUARANTINED),
+        "ready": (None, BackendState.ACTIVE),
+    }
+    number = agents.first
+    with patch.object(Backends, "settle", side_effect=KilledError), pytest.raises(KilledError):
+        agents.apply(*STATES["absent"])
+    agents.restart()
+    agents.apply(*STATES[after])
+    reasons, states = agents.written
+    assert (reasons.get(number), states[number]) == expected[after]
+
+
+def test_agent_that_is_killed_while_a_service_is_deleted_loses_no_removal(agents: Agents) -> None:
+    """With ``staleTCP`` unready its connections are closed."""
+    ids = set(agents.written[1])
+    with patch.object(Retirement, "add_service", side_effect=KilledError), pytest.raises(KilledError):
+        agents.apply()
+    agents.restart()
+    agents.apply()
+    assert agents.reasons == dict.fromkeys(ids, RemovalReason.IDLE)

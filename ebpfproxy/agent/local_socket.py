@@ -21,7 +21,7 @@ from typing import NamedTuple
 from ebpfproxy.agent import state
 from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
 from ebpfproxy.health.http import Answer, HttpThread, Respond, text_answer
-from ebpfproxy.netlink.namespaces import cookie_of, namespaces, socket_in
+from ebpfproxy.netlink.namespaces import NO_ENTRY, cookie_of, may_enter, namespaces, socket_in
 
 #: A command waits for so long: the reconciler may be busy with a change of everything.
 SECONDS = 10.0
@@ -98,7 +98,8 @@ def socket_of(netns: int) -> socket.socket:
             if cookie_of(found) == netns:
                 return found
             found.close()
-    raise NoAgentError("the agent's network namespace cannot be seen from here")
+    why = "" if may_enter() else f": {NO_ENTRY}"
+    raise NoAgentError(f"the agent's network namespace cannot be seen from here{why}")
 
 
 def ask(bpf_root: Path, path: str, seconds: float = SECONDS) -> Reply:

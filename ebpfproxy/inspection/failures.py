@@ -8,8 +8,21 @@ from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError
 from ebpfproxy.datapath.kernel.roots import RootError
 from ebpfproxy.datapath.programs.loader import LoadError
 
+
+class ClosedNamespacesError(Exception):
+    """Pods cannot be looked for: this process may not enter their network namespaces."""
+
+
 #: Errors that a user can act on.
-FAILURES = (NothingPinnedError, UnsupportedKernelError, LoadError, RootError, BpfError, PermissionError)
+FAILURES = (
+    NothingPinnedError,
+    UnsupportedKernelError,
+    LoadError,
+    RootError,
+    BpfError,
+    PermissionError,
+    ClosedNamespacesError,
+)
 
 
 class QuestionError(Exception):

@@ -126,7 +126,7 @@ def _agent_problems(agent: state.AgentState | None, running: bool, starting: boo
             "the agent has not finished its start yet" if running else "the agent has not finished its start"
         )
     elif running and not agent.healthy:
-        yield "a change has waited for more than a minute to be programmed"
+        yield "a change has waited for two sync periods to be programmed, or longer"
     if running and agent is not None and (silent := _silence(agent)):
         yield (
             f"the agent has not reported for {age(silent)}: it is starting, hangs, or gets no CPU;"

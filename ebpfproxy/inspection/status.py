@@ -64,8 +64,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     kernel: str
     agent_running: bool
-    #: It runs, and has left no record yet: ``agent`` is that of the one before, which has ended.
-    agent_starting: bool
+    #: Somebody works on the maps, but not the agent that left this record: it has ended.
+    agent_ended: bool
     agent: state.AgentState | None
     healthy: bool
     #: One sentence per problem.
@@ -84,7 +84,7 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
     pins = pin_folder(bpf_root)
     agent = state.load_latest(pins)
     running = is_locked(bpf_root)
-    starting = running and agent is not None and state.has_ended(agent)
+    ended = running and agent is not None and state.has_ended(agent)
     hooks = tuple(AttachmentStatus(a.hook, a.alive, a.program_id) for a in attachments(pins))
     devices = _devices(pins, agent)
     wanted = agent.devices if agent is not None else 0
@@ -93,16 +93,16 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
     return Status(
         kernel=platform.release(),
         agent_running=running,
-        agent_starting=starting,
+        agent_ended=ended,
         agent=agent,
         healthy=running
-        and not starting
+        and not ended
         and agent is not None
         and agent.healthy
         and not _silence(agent)
         and all(a.attached for a in hooks)
         and len(devices) >= wanted,
-        problems=(*_agent_problems(agent, running, starting), *_problems(agent, hooks, devices)),
+        problems=(*_agent_problems(agent, running, ended), *_problems(agent, hooks, devices)),
         attachments=hooks,
         devices=devices,
         packets=tuple(_packets(maps)),
@@ -113,10 +113,11 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
     )
 
 
-def _agent_problems(agent: state.AgentState | None, running: bool, starting: bool) -> Iterator[str]:
-    if agent is not None and starting:
+def _agent_problems(agent: state.AgentState | None, running: bool, ended: bool) -> Iterator[str]:
+    if ended:
         yield (
-            "the agent is starting: changes are not applied yet, and what is shown of it is of the one before"
+            "the agent that left this record has ended: another one starts, or cleanup or rollback is under"
+            " way; changes are not applied yet"
         )
         return
     if not running:
@@ -225,8 +226,8 @@ def facts(status: Status, now: float) -> list[tuple[str, str]]:
 
 def _agent_facts(agent: state.AgentState, status: Status, now: float) -> list[tuple[str, str]]:
     seen = f"last seen {age(now - agent.written)} ago"
-    if status.agent_starting:
-        is_now = f"pid {agent.pid}, ENDED, {seen}; the next one is starting"
+    if status.agent_ended:
+        is_now = f"pid {agent.pid}, ENDED, {seen}"
     elif status.agent_running:
         is_now = f"pid {agent.pid}, since {age(now - agent.started)}"
     else:

@@ -16,7 +16,10 @@ from tests.lab import Agent, Lab
 
 pytestmark = pytest.mark.root
 
-STARTING = "the agent is starting: changes are not applied yet, and what is shown of it is of the one before"
+ENDED = (
+    "the agent that left this record has ended: another one starts, or cleanup or rollback is under"
+    " way; changes are not applied yet"
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def status(cluster: TwoNodeCluster) -> dict[str, Any]:
 def test_record_of_an_agent_that_has_ended_is_told_from_the_next_ones(
     cluster: TwoNodeCluster, agent: Agent
 ) -> None:
-    """An agent has the lock from its start on, and writes its record once it knows something."""
+    """An agent has the lock from its start on, and writes its record once it knows something. So has a clean-up."""
     assert status(cluster)["healthy"]
     pid = status(cluster)["agent"]["pid"]
     agent.kill()
@@ -50,8 +53,8 @@ def test_record_of_an_agent_that_has_ended_is_told_from_the_next_ones(
         checked = cluster.a.call(takeover.check, cluster.a.bpf_root)
     finally:
         lock.release()
-    assert (found["agent_running"], found["agent_starting"], found["healthy"]) == (True, True, False)
-    assert found["problems"] == [STARTING]
+    assert (found["agent_running"], found["agent_ended"], found["healthy"]) == (True, True, False)
+    assert found["problems"] == [ENDED]
     assert f"pid {pid}, ENDED, last seen" in text
     assert "since" not in text.lower()
     assert checked.starting
@@ -62,7 +65,7 @@ def test_next_agent_leaves_its_own_record(cluster: TwoNodeCluster, agent: Agent)
     agent.kill()
     again = cluster.agent().start()
     found = status(cluster)
-    assert (found["agent_running"], found["agent_starting"]) == (True, False)
+    assert (found["agent_running"], found["agent_ended"]) == (True, False)
     assert again.stop() == 0
 
 
@@ -70,7 +73,7 @@ def test_agent_without_cpu_is_not_said_to_have_ended(cluster: TwoNodeCluster, ag
     assert agent.process is not None
     agent.process.send_signal(signal.SIGSTOP)
     found = status(cluster)
-    assert (found["agent_running"], found["agent_starting"]) == (True, False)
+    assert (found["agent_running"], found["agent_ended"]) == (True, False)
 
 
 def test_watches_of_a_stopped_agent_are_not_shown_as_connected(cluster: TwoNodeCluster, agent: Agent) -> None:

@@ -1,4 +1,4 @@
-"""Commands without CAP_SYS_ADMIN say that pods cannot be looked for, and answer what they can."""
+"""Commands without a capability say which one they lack, and answer what they can."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.root
 AFFINE = "10.96.3.1"
 WHY = "this process may not enter pods' network namespaces: CAP_SYS_ADMIN is missing"
 _VERSION_3 = 0x20080522  # linux/capability.h
-_SYS_ADMIN = 21
+_BPF, _NET_ADMIN, _SYS_ADMIN = 39, 12, 21
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +39,22 @@ def cluster() -> Iterator[TwoNodeCluster]:
         yield made
 
 
-def without_sys_admin(arguments: list[str]) -> Done:
-    """Runs the command in this process, a child, which has given up the capability."""
+def run_without(capabilities: tuple[int, ...], arguments: list[str]) -> Done:
+    """Runs the command in this process, a child, which has given up the capabilities."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = ctypes.create_string_buffer(struct.pack("=Ii", _VERSION_3, 0))
     sets = ctypes.create_string_buffer(24)
     assert libc.capget(header, sets) == 0, os.strerror(ctypes.get_errno())
     held = list(struct.unpack("=6I", sets.raw[:24]))
-    held[0] &= ~(1 << _SYS_ADMIN)  # effective
+    for number in capabilities:
+        held[3 * (number // 32)] &= ~(1 << number % 32)  # effective
     assert libc.capset(header, struct.pack("=6I", *held)) == 0, os.strerror(ctypes.get_errno())
     return command.run(arguments)
 
 
-def run(cluster: TwoNodeCluster, *arguments: str) -> Done:
+def run(cluster: TwoNodeCluster, *arguments: str, without: tuple[int, ...] = (_SYS_ADMIN,)) -> Done:
     node = cluster.a
-    done: Done = node.call(without_sys_admin, [*arguments, "--bpf-root", str(node.bpf_root)])
+    done: Done = node.call(run_without, without, [*arguments, "--bpf-root", str(node.bpf_root)])
     return done
 
 
@@ -115,3 +116,21 @@ def test_archive_says_what_it_lacks(cluster: TwoNodeCluster, tmp_path: Path) -> 
         errors = archive.extractfile(name)
         assert errors is not None
         assert f"namespaces.json: {WHY}\n" in errors.read().decode()
+
+
+def test_refused_query_names_the_capabilities(cluster: TwoNodeCluster) -> None:
+    done = run(cluster, "check", without=(_NET_ADMIN, _SYS_ADMIN))
+    assert (done.code, done.output) == (2, "")
+    assert done.errors == (
+        "Error: query programs: Operation not permitted (this process lacks CAP_NET_ADMIN, CAP_SYS_ADMIN)\n"
+    )
+
+
+def test_kernel_is_not_said_to_lack_what_this_process_may_not_ask_for(cluster: TwoNodeCluster) -> None:
+    why = "what this kernel has cannot be found out without CAP_BPF"
+    done = run(cluster, "check", "-o", "json", without=(_BPF, _SYS_ADMIN))
+    found = json.loads(done.output)
+    assert f"the kernel's features: {why}" in found["unchecked"]
+    assert not any("kernel" in each["what"] for each in found["findings"])
+    done = run(cluster, "migrate", "plan", "-o", "json", without=(_BPF, _SYS_ADMIN))
+    assert json.loads(done.output)["blockers"] == [why]

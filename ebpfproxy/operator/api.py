@@ -124,7 +124,8 @@ class _Silence:
     def __str__(self) -> str:
         with self._lock:
             now = time.monotonic()
-            return f"no answer for {round(now - (now if self._since is None else self._since), 1):g} s"
+            seconds = now - (now if self._since is None else self._since)
+            return f"no answer for {round(seconds, 1 if seconds < 10 else None):g} s"
 
 
 class Api:

@@ -29,6 +29,8 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     api_burst: int
     healthz_bind_address: str
     metrics_bind_address: str
+    #: A change that waits so long to be programmed makes the agent unhealthy.
+    health_timeout: float
     #: An address that cannot be bound ends the agent.
     bind_hard_fail: bool
     node_ports_on_loopback: bool

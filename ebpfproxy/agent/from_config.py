@@ -66,6 +66,7 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         master=own.master or None,
         api_qps=kube_proxy.client_connection.qps,
         api_burst=kube_proxy.client_connection.burst,
+        health_timeout=2 * kube_proxy.sync_period.seconds,
         bind_hard_fail=kube_proxy.bind_address_hard_fail,
         healthz_bind_address=kube_proxy.healthz_bind_address,
         metrics_bind_address=kube_proxy.metrics_bind_address,

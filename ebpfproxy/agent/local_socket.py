@@ -14,14 +14,13 @@ import socket
 import struct
 from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ebpfproxy.agent import state
 from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
 from ebpfproxy.health.http import Answer, HttpThread, Respond, text_answer
-from ebpfproxy.netlink.namespaces import cookie_of, namespaces, socket_in
+from ebpfproxy.netlink.namespaces import NO_ENTRY, may_enter, socket_with_cookie
 
 #: A command waits for so long: the reconciler may be busy with a change of everything.
 SECONDS = 10.0
@@ -92,13 +91,11 @@ class _Connection(http.client.HTTPConnection):
 
 def socket_of(netns: int) -> socket.socket:
     """A socket of the network namespace with this cookie, as names belong to one. Raises NoAgentError."""
-    for path in namespaces():
-        with suppress(OSError):
-            found = socket_in(path, socket.AF_UNIX, socket.SOCK_STREAM)
-            if cookie_of(found) == netns:
-                return found
-            found.close()
-    raise NoAgentError("the agent's network namespace cannot be seen from here")
+    found = socket_with_cookie(netns, socket.AF_UNIX, socket.SOCK_STREAM)
+    if found is not None:
+        return found
+    why = "" if may_enter() else f": {NO_ENTRY}"
+    raise NoAgentError(f"the agent's network namespace cannot be seen from here{why}")
 
 
 def ask(bpf_root: Path, path: str, seconds: float = SECONDS) -> Reply:

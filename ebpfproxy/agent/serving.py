@@ -36,7 +36,7 @@ class Serving:
         """Creates the servers, and starts none. ``record`` takes Kubernetes events."""
         self._node = options.node_name
         self._listeners, self._predecessor, self._record = listeners, predecessor, record
-        self.health = ProxyHealth()
+        self.health = ProxyHealth(options.health_timeout)
         self.node_port_health = NodePortHealth(
             lambda: self.health.healthy, self._port_not_bound, listen=listeners.listen
         )

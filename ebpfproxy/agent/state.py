@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ from ebpfproxy.datapath.flows.conntrack_table import Timeouts
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs.loader import Options
+from ebpfproxy.netlink.namespaces import socket_with_cookie
 from ebpfproxy.node.facts import NodeFacts
 from ebpfproxy.node.roles import Role
 
@@ -162,6 +164,28 @@ def load_latest(pins: Path) -> AgentState | None:
     if all(record.heartbeat for record in records):
         return max(records, key=lambda record: record.heartbeat, default=None)
     return max(records, key=lambda record: record.written, default=None)
+
+
+def has_ended(record: AgentState) -> bool:
+    """True where nobody listens at the agent's socket any more, which its process keeps to its end.
+
+    Between two agents the record is that of the one before. False also where this cannot be found out.
+    """
+    if not record.socket:
+        return False
+    found = socket_with_cookie(record.netns, socket.AF_UNIX, socket.SOCK_STREAM)
+    if found is None:
+        return False
+    with found:
+        found.setblocking(False)
+        try:
+            found.connect(f"\0{record.socket}")
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            # More are waiting than it has room for.
+            return False
+    return False
 
 
 def _stored(path: Path, size: int) -> bytes | None:

@@ -11,10 +11,11 @@ from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.option_types import ClientName, Endpoint, EndpointType, ServiceName
 from ebpfproxy.cli.output import age, console, echo, emit, table
-from ebpfproxy.datapath.affinity_table import AffinityRow, affinity_rows
+from ebpfproxy.datapath.affinity_table import NETNS, AffinityRow, affinity_rows
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.netlink.namespaces import names_by_cookie
+from ebpfproxy.netlink.namespaces import NO_ENTRY, may_enter, names_by_cookie
+from ebpfproxy.services.values import parse_address
 
 _service = click.option(
     "--service",
@@ -44,6 +45,12 @@ def _read(
     maps: MapSet, service: str | None, client: str | None, backend: Endpoint | None
 ) -> list[tuple[AffinityRow, bytes]]:
     rows = affinity_rows(maps, time.monotonic_ns(), names_by_cookie())
+    nameless = any(not row.name for row, _ in rows if row.client.startswith(NETNS))
+    if nameless and not may_enter():
+        known = {name for row, _ in rows for name in (row.client, row.name)}
+        if client is not None and client not in known and parse_address(client) is None:
+            raise click.ClickException(f"which of the clients is {client} is not known: {NO_ENTRY}")
+        echo(f"names of clients are missing: {NO_ENTRY}", err=True)
     return [
         (row, key)
         for row, key in rows

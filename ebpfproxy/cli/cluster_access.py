@@ -33,7 +33,11 @@ daemon_set: Decorator = click.option(
     help="DaemonSet of the agents.",
 )
 step_timeout: Decorator = click.option(
-    "--timeout", type=Seconds(), default="2m", show_default=True, help="Limit for pods in each step."
+    "--timeout",
+    type=Seconds(),
+    default="2m",
+    show_default=True,
+    help="Limit for each step, and for an API server that does not answer.",
 )
 
 

@@ -87,7 +87,7 @@ def errors() -> Iterator[None]:
     type=Seconds(),
     default="5m",
     show_default=True,
-    help="Give up after this time in which no further node became ready.",
+    help="Give up after this time in which no further node became ready, or the API server did not answer.",
 )
 def command(
     *,
@@ -121,10 +121,10 @@ def command(
     )
     with errors():
         if dry_run == _CLIENT:
-            api = Api.from_kubeconfigs(kubeconfig, context, master) if wanted.asks else None
+            api = Api.from_kubeconfigs(kubeconfig, context, master, seconds=timeout) if wanted.asks else None
             echo(to_yaml(prepare(wanted, api, remark)), nl=False)
             return
-        api = Api.from_kubeconfigs(kubeconfig, context, master)
+        api = Api.from_kubeconfigs(kubeconfig, context, master, seconds=timeout)
         objects = prepare(wanted, api, remark)
         if dry_run is None:
             _end_cleanup(api, namespace, timeout)

@@ -37,7 +37,11 @@ def command() -> None:
 def _where(function: Decorator) -> Decorator:
     for each in (
         click.option(
-            "--timeout", type=Seconds(), default="60s", show_default=True, help="Limit for each step."
+            "--timeout",
+            type=Seconds(),
+            default="60s",
+            show_default=True,
+            help="Limit for each step, and for an API server that does not answer.",
         ),
         click.option(
             "--hostname-override", metavar="NAME", help="Name of this node.  [default: the host's name]"
@@ -83,7 +87,7 @@ def _at(
 ) -> NodeTarget:
     cluster = None
     if kubeconfig is not None or master is not None:
-        cluster = Cluster(Api.from_options(kubeconfig, master), node_name(hostname_override))
+        cluster = Cluster(Api.from_options(kubeconfig, master, seconds=timeout), node_name(hostname_override))
     return NodeTarget(
         bpf_root=bpf_root, cgroup_root=cgroup_root, cluster=cluster, seconds=timeout, stopped=stopped
     )

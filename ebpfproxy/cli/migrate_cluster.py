@@ -98,7 +98,7 @@ def _fleet(chosen: Chosen, reach: Reach) -> Iterator[Fleet]:
         raise click.UsageError(f"--daemonset {chosen.daemonset} is not NAMESPACE/NAME")
     switch = Switch(namespace, name, AGENT.label)
     try:
-        api = Api.from_options(reach.kubeconfig, reach.master)
+        api = Api.from_options(reach.kubeconfig, reach.master, seconds=reach.timeout)
         found = selection.choose(api.list("Node", "", labelSelector=chosen.selector), chosen.node)
         image = _image(api, switch, chosen.image)
         yield Fleet(api, Jobs(api, namespace, image, reach.timeout), found, reach.timeout, switch)

@@ -48,7 +48,7 @@ def _print(status: Status, verbose: bool) -> None:
     if shown:
         out.print()
         out.print(_devices_table(shown))
-    if agent is not None and agent.watches:
+    if agent is not None and agent.watches and status.agent_running and not status.agent_ended:
         out.print()
         out.print(_watches(agent, now))
     filling = [each for each in status.maps if verbose or each.entries >= _FILLING * each.capacity]

@@ -115,7 +115,7 @@ def command(
                 keep=keep,
                 seconds=timeout,
             )
-            found = run(Api.from_kubeconfigs(kubeconfig, context, master), wanted, remark)
+            found = run(Api.from_kubeconfigs(kubeconfig, context, master, seconds=timeout), wanted, remark)
     if output == "junit":
         echo(junit(found))
     else:

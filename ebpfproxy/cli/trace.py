@@ -147,6 +147,8 @@ def command(
         try:
             file = _File(path, file_size * 1_000_000, files) if path is not None else None
             with _collector(bpf_root, otlp_endpoint) as collector, traced(bpf_root, maps, wanted) as running:
+                if running.doubt:
+                    echo(running.doubt, err=True)
                 write = collector.write if collector is not None else _writer(output, file)
                 _print(running, write, count)
         except (OtlpError, TraceError, TracingInUseError) as error:

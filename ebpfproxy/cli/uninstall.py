@@ -59,7 +59,7 @@ def command(
     ignores changes.
     """
     with cluster_errors(RemoveError):
-        api = Api.from_kubeconfigs(kubeconfig, context, master)
+        api = Api.from_kubeconfigs(kubeconfig, context, master, seconds=timeout)
         found = find(api, namespace)
         labelled = labels(api, namespace)
         if not found and not labelled and not cleanup:

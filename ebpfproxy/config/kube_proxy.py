@@ -85,6 +85,11 @@ class Logging(_Api, frozen=True):
     options: Annotated[LogOptions, IGNORED] = LogOptions()
 
 
+_SYNC_PERIOD = Meta(
+    description="A change that waits for twice this time makes the agent unhealthy: the value of the mode."
+)
+
+
 class Iptables(_Api, frozen=True):
     masquerade_bit: Annotated[Int32, Flag("--iptables-masquerade-bit"), IGNORED] = 14
     masquerade_all: Annotated[
@@ -96,12 +101,12 @@ class Iptables(_Api, frozen=True):
         Flag("--masquerade-all"),
     ] = False
     localhost_node_ports: Annotated[bool, Flag("--iptables-localhost-nodeports")] = True
-    sync_period: Annotated[Duration, Flag("--iptables-sync-period"), IGNORED] = Duration()
+    sync_period: Annotated[Duration, _SYNC_PERIOD, Flag("--iptables-sync-period")] = Duration()
     min_sync_period: Annotated[Duration, Flag("--iptables-min-sync-period"), IGNORED] = Duration()
 
 
 class Ipvs(_Api, frozen=True):
-    sync_period: Annotated[Duration, Flag("--ipvs-sync-period"), IGNORED] = Duration()
+    sync_period: Annotated[Duration, _SYNC_PERIOD, Flag("--ipvs-sync-period")] = Duration()
     min_sync_period: Annotated[Duration, Flag("--ipvs-min-sync-period"), IGNORED] = Duration()
     scheduler: Annotated[str, Flag("--ipvs-scheduler")] = ""
     exclude_cidrs: Annotated[tuple[str, ...] | None, Flag("--ipvs-exclude-cidrs"), IGNORED] = msgspec.field(
@@ -118,7 +123,7 @@ class Ipvs(_Api, frozen=True):
 class Nftables(_Api, frozen=True):
     masquerade_bit: Annotated[Int32, IGNORED] = 14
     masquerade_all: bool = False
-    sync_period: Annotated[Duration, IGNORED] = Duration()
+    sync_period: Annotated[Duration, _SYNC_PERIOD] = Duration()
     min_sync_period: Annotated[Duration, IGNORED] = Duration()
 
 
@@ -252,6 +257,12 @@ class KubeProxyConfiguration(_Api, frozen=True):
     def masquerade_all(self) -> bool:
         """The value of the mode's own section; IPVS uses that of iptables."""
         return (self.nftables if self.mode == "nftables" else self.iptables).masquerade_all
+
+    @property
+    def sync_period(self) -> Duration:
+        """The value of the mode's own section."""
+        section: Iptables | Ipvs | Nftables = getattr(self, self.mode)
+        return section.sync_period
 
 
 #: false: spec.externalIPs of Services are not served.

@@ -219,6 +219,6 @@ def _is_a_default(path: str, value: Any) -> bool:
         return value in ("0.0.0.0", "::")
     if path == "ipvs.excludeCIDRs":
         return not value
-    if section in kp.SYNC_PERIODS and name in ("syncPeriod", "minSyncPeriod"):
-        return not value or value == kp.SYNC_PERIODS[section][name == "minSyncPeriod"]
+    if section in kp.SYNC_PERIODS and name == "minSyncPeriod":
+        return not value or value == kp.SYNC_PERIODS[section][1]
     return False

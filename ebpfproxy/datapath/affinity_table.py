@@ -13,6 +13,9 @@ from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import format_address
 
+#: A client that is a network namespace has this before its cookie.
+NETNS = "netns:"
+
 
 class AffinityRow(msgspec.Struct, frozen=True):
     """One client of one service port. The JSON of ``ebpfproxy affinity list``: these names stay.
@@ -49,7 +52,7 @@ def affinity_rows(maps: MapSet, now: int, names: Mapping[int, str]) -> list[tupl
         row = AffinityRow(
             service=f"{port.namespace}/{port.name}",
             port_name=port.port_name,
-            client=f"netns:{client}" if isinstance(client, int) else format_address(client),
+            client=f"{NETNS}{client}" if isinstance(client, int) else format_address(client),
             name=names.get(client, "") if is_namespace and isinstance(client, int) else "",
             backend=dump.backend_ref(backend_id).address,
             idle=round(idle, 3),

@@ -217,7 +217,7 @@ class Dump:
         )
 
     def count_frontends(self) -> int:
-        """Those of both scopes count once."""
+        """Of addresses with a port and a protocol: one with an entry for each scope counts once."""
         return len({layout.without_scope(key) for key, _ in self._packed_entries()})
 
     def _packed_entries(self) -> Iterator[tuple[bytes, bytes]]:

@@ -12,8 +12,6 @@ from ebpfproxy.kube.objects import Node
 
 #: A cluster autoscaler marks nodes that it will delete.
 DELETION_TAINT = "ToBeDeletedByClusterAutoscaler"
-#: Two of kube-proxy's sync periods, in seconds.
-HEALTH_TIMEOUT = 60.0
 
 FAMILIES = ("IPv4", "IPv6")
 
@@ -27,7 +25,7 @@ def eligible(node: Node | None) -> bool:
 
 
 class ProxyHealth:
-    """Healthy once everything is programmed and attached, while no change waits longer than the time-out.
+    """Healthy once everything is programmed and attached, while no change waits for ``timeout`` seconds.
 
     Any thread may use it. ``clock`` gives Unix seconds, ``monotonic`` those that pass: somebody may set the
     clock.
@@ -35,8 +33,9 @@ class ProxyHealth:
 
     def __init__(
         self,
+        timeout: float,
+        *,
         clock: Callable[[], float] = time.time,
-        timeout: float = HEALTH_TIMEOUT,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock

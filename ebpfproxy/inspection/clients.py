@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebpfproxy.explain.path import Client, Place
-from ebpfproxy.inspection.failures import QuestionError
-from ebpfproxy.netlink.namespaces import FOLDERS
+from ebpfproxy.inspection.failures import ClosedNamespacesError, QuestionError
+from ebpfproxy.netlink.namespaces import FOLDERS, NO_ENTRY, may_enter
 from ebpfproxy.node.clients import Namespace, visible_namespaces
 from ebpfproxy.node.pod_names import pods
 from ebpfproxy.services.model import format_address
@@ -18,16 +18,21 @@ HOST = "host"
 
 
 class Found(NamedTuple):
-    """The client, and the namespace that names without one belong to, as in its pod's DNS."""
+    """The client, and the namespace that names without one belong to, as in its pod's DNS.
+
+    ``doubt``: why it may be somebody else; empty where that is known.
+    """
 
     client: Client
     namespace: str
+    doubt: str = ""
 
 
 def find_client(text: str, results: Path, device_to: Callable[[bytes], int | None]) -> Found:
     """Finds ``host``, an address, a pod by name with or without its namespace, or by its network namespace's.
 
-    ``results``: where the runtime keeps what CNI plugins returned. Raises QuestionError for an unknown name.
+    ``results``: where the runtime keeps what CNI plugins returned. Raises QuestionError for an unknown name,
+    and ClosedNamespacesError where pods cannot be looked for.
     """
     visible = list(visible_namespaces())
     if text == HOST:
@@ -51,6 +56,8 @@ def find_client(text: str, results: Path, device_to: Callable[[bytes], int | Non
         if is_pod and each.path.parent in FOLDERS and each.path.name == wanted:
             pod_namespace, pod = names.get(wanted, ("", wanted))
             return Found(_pod(each, _pod_name(pod_namespace, pod), device_to), pod_namespace or "default")
+    if not may_enter():
+        raise ClosedNamespacesError(f"a pod {text!r} is not looked for: {NO_ENTRY}")
     raise QuestionError(
         f"no pod {text!r} on this node: name one of its pods (those in {results}), an address, or {HOST}"
     )
@@ -88,4 +95,8 @@ def _by_address(
     if len(owners) == 1:
         namespace, name = names.get(owners[0].path.name, ("", format_address(address)))
         return Found(_pod(owners[0], _pod_name(namespace, name), device_to), namespace or "default")
-    return Found(Client(Place.OUTSIDE, format_address(address), (address,), 0, device_to(address)), "default")
+    outside = Client(Place.OUTSIDE, format_address(address), (address,), 0, device_to(address))
+    doubt = ""
+    if not owners and not may_enter():
+        doubt = f"{outside.name} is taken for a client outside, and may be a pod's: {NO_ENTRY}"
+    return Found(outside, "default", doubt)

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+
 from ebpfproxy.datapath.dump import NothingPinnedError
 from ebpfproxy.datapath.kernel.libbpf import BpfError
-from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError
+from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError, missing_capabilities
 from ebpfproxy.datapath.kernel.roots import RootError
 from ebpfproxy.datapath.programs.loader import LoadError
 
+
+class ClosedNamespacesError(Exception):
+    """Pods cannot be looked for: this process may not enter their network namespaces."""
+
+
 #: Errors that a user can act on.
-FAILURES = (NothingPinnedError, UnsupportedKernelError, LoadError, RootError, BpfError, PermissionError)
+FAILURES = (
+    NothingPinnedError,
+    UnsupportedKernelError,
+    LoadError,
+    RootError,
+    BpfError,
+    PermissionError,
+    ClosedNamespacesError,
+)
 
 
 class QuestionError(Exception):
@@ -23,7 +38,13 @@ class WrongNamespaceError(Exception):
 def told(error: BaseException) -> str:
     """One of :data:`FAILURES` in one line."""
     if isinstance(error, BpfError):
-        return f"{error.strerror}{' (root or CAP_BPF is needed)' if error.errno == 1 else ''}"
+        return f"{error.strerror}{_why_refused() if error.errno == errno.EPERM else ''}"
     if isinstance(error, PermissionError):
         return f"{error}; root is needed"
     return str(error)
+
+
+def _why_refused() -> str:
+    if missing := missing_capabilities():
+        return f" (this process lacks {', '.join(missing)})"
+    return " (root is needed, and no seccomp profile that refuses it)"

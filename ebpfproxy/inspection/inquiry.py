@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from ebpfproxy.agent import state
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
@@ -38,10 +40,13 @@ _NAME = re.compile("[A-Za-z0-9._-]+")
 def explained(
     maps: MapSet, source: str, target: str, protocol: Protocol | None, *, bpf_root: Path, cni_results: Path
 ) -> Report:
-    """Explains a connection whose ends are given in words. Raises QuestionError and WrongNamespaceError."""
+    """Explains a connection whose ends are given in words.
+
+    Raises QuestionError, WrongNamespaceError and ClosedNamespacesError.
+    """
     with Routes() as routes:
-        client, namespace = find_client(source, cni_results, routes.device_to)
-        inquiry = Inquiry(maps, bpf_root, client, routes)
+        client, namespace, doubt = find_client(source, cni_results, routes.device_to)
+        inquiry = Inquiry(maps, bpf_root, client, routes, doubt)
         return inquiry.report(parse(target, namespace, protocol))
 
 
@@ -65,10 +70,13 @@ def parse(text: str, namespace: str, protocol: Protocol | None) -> Target | Aske
 class Inquiry:
     """One client's questions to the maps, the kernel and the agent."""
 
-    def __init__(self, maps: MapSet, bpf_root: Path, client: Client, routes: Routes) -> None:
-        """Raises WrongNamespaceError: devices of another network namespace than the agent's are not its."""
+    def __init__(self, maps: MapSet, bpf_root: Path, client: Client, routes: Routes, doubt: str = "") -> None:
+        """``doubt``: why the client may be another one.
+
+        Raises WrongNamespaceError: devices of another network namespace than the agent's are not its.
+        """
         self._maps = maps
-        self._client = client
+        self._client, self._doubt = client, doubt
         self._dump, self._tables = Dump(maps), Lookup(maps)
         self._agent = state.load_latest(pin_folder(bpf_root))
         if self._agent is not None and self._agent.netns not in (0, netns_cookie()):
@@ -109,7 +117,8 @@ class Inquiry:
             names=names,
         )
         sockets = sockets_between(self._maps, self._client.netns, target, names)
-        return explain(self._client, target, self._known, flows=flows, sockets=sockets)
+        found = explain(self._client, target, self._known, flows=flows, sockets=sockets)
+        return replace(found, notes=(self._doubt, *found.notes)) if self._doubt else found
 
     def _node_addresses(self) -> dict[int, bytes]:
         """Where the client reaches NodePorts: this host's address towards it, if they answer there."""

@@ -64,6 +64,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     kernel: str
     agent_running: bool
+    #: Somebody works on the maps, but not the agent that left this record: it has ended.
+    agent_ended: bool
     agent: state.AgentState | None
     healthy: bool
     #: One sentence per problem.
@@ -82,6 +84,7 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
     pins = pin_folder(bpf_root)
     agent = state.load_latest(pins)
     running = is_locked(bpf_root)
+    ended = running and agent is not None and state.has_ended(agent)
     hooks = tuple(AttachmentStatus(a.hook, a.alive, a.program_id) for a in attachments(pins))
     devices = _devices(pins, agent)
     wanted = agent.devices if agent is not None else 0
@@ -90,14 +93,16 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
     return Status(
         kernel=platform.release(),
         agent_running=running,
+        agent_ended=ended,
         agent=agent,
         healthy=running
+        and not ended
         and agent is not None
         and agent.healthy
         and not _silence(agent)
         and all(a.attached for a in hooks)
         and len(devices) >= wanted,
-        problems=tuple(_problems(agent, running, hooks, devices)),
+        problems=(*_agent_problems(agent, running, ended), *_problems(agent, hooks, devices)),
         attachments=hooks,
         devices=devices,
         packets=tuple(_packets(maps)),
@@ -108,12 +113,13 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
     )
 
 
-def _problems(
-    agent: state.AgentState | None,
-    running: bool,
-    hooks: tuple[AttachmentStatus, ...],
-    devices: tuple[DeviceStatus, ...],
-) -> Iterator[str]:
+def _agent_problems(agent: state.AgentState | None, running: bool, ended: bool) -> Iterator[str]:
+    if ended:
+        yield (
+            "the agent that left this record has ended: another one starts, or cleanup or rollback is under"
+            " way; changes are not applied yet"
+        )
+        return
     if not running:
         yield "the agent is not running: its programs stay attached, but changes are not applied"
     if agent is None or not agent.synced:
@@ -121,12 +127,22 @@ def _problems(
             "the agent has not finished its start yet" if running else "the agent has not finished its start"
         )
     elif running and not agent.healthy:
-        yield "a change has waited for more than a minute to be programmed"
+        yield "a change has waited for two sync periods to be programmed, or longer"
     if running and agent is not None and (silent := _silence(agent)):
         yield (
             f"the agent has not reported for {age(silent)}: it is starting, hangs, or gets no CPU;"
             " changes are not applied"
         )
+    for watch in agent.watches if agent is not None and running else ():
+        if watch.state != State.CONNECTED:
+            yield f"the watch of {watch.resource} is {watch.state}: {watch.error or 'no response yet'}"
+
+
+def _problems(
+    agent: state.AgentState | None,
+    hooks: tuple[AttachmentStatus, ...],
+    devices: tuple[DeviceStatus, ...],
+) -> Iterator[str]:
     if missing := [a.hook for a in hooks if not a.attached]:
         yield f"socket programs are missing: {' '.join(missing)}"
     if agent is not None and len(devices) < agent.devices:
@@ -135,9 +151,6 @@ def _problems(
         yield f"only one direction has a program: {' '.join(half)}"
     if agent is not None:
         yield from agent.problems
-        for watch in agent.watches:
-            if running and watch.state != State.CONNECTED:
-                yield f"the watch of {watch.resource} is {watch.state}: {watch.error or 'no response yet'}"
 
 
 def _silence(agent: state.AgentState) -> float:
@@ -203,7 +216,7 @@ def facts(status: Status, now: float) -> list[tuple[str, str]]:
     if agent is None:
         found.append(("agent", "running" if status.agent_running else "never finished its start"))
     else:
-        found += _agent_facts(agent, status.agent_running, now)
+        found += _agent_facts(agent, status, now)
     attached = sum(a.attached for a in status.attachments)
     found.append(("sockets", f"{attached} of {len(status.attachments)} programs"))
     found.append(("devices", _device_line(status)))
@@ -211,11 +224,16 @@ def facts(status: Status, now: float) -> list[tuple[str, str]]:
     return found
 
 
-def _agent_facts(agent: state.AgentState, running: bool, now: float) -> list[tuple[str, str]]:
-    since = f"pid {agent.pid}, since {age(now - agent.started)}"
-    stopped = f"STOPPED, last seen {age(now - agent.written)} ago (its programs stay attached)"
+def _agent_facts(agent: state.AgentState, status: Status, now: float) -> list[tuple[str, str]]:
+    seen = f"last seen {age(now - agent.written)} ago"
+    if status.agent_ended:
+        is_now = f"pid {agent.pid}, ENDED, {seen}"
+    elif status.agent_running:
+        is_now = f"pid {agent.pid}, since {age(now - agent.started)}"
+    else:
+        is_now = f"STOPPED, {seen} (its programs stay attached)"
     facts = [
-        ("agent", f"ebpfproxy {agent.version} on {agent.node}, {since if running else stopped}"),
+        ("agent", f"ebpfproxy {agent.version} on {agent.node}, {is_now}"),
         ("source", agent.source),
     ]
     if agent.last_programmed is not None:

@@ -3,10 +3,11 @@ that may help."""
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -33,6 +34,9 @@ _CONNECT_SECONDS = 10.0
 _UNANSWERED = 3
 _MOST_BYTES = 1 << 20
 _ERROR_BYTES = 64 * 1024
+_PIECE_BYTES = 64 * 1024
+#: urllib3 takes no time-out of 0.
+_LEAST_SECONDS = 0.01
 USER_AGENT = f"ebpfproxy/{ebpfproxy.__version__}"
 #: Seconds between two tries of one request.
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.5, 8.0
@@ -180,26 +184,35 @@ class ApiConnection:
         read_seconds: float,
         most_bytes: int | None = None,
         tries: int = 1,
+        seconds: float = math.inf,
     ) -> Reply:
         """Returns the whole answer, of which no more than ``most_bytes`` are read.
 
         The request is sent up to ``tries`` times, as long as failures are transient
-        (:attr:`Failure.is_transient`). Raises Failure, also for a status of 300 and more.
+        (:attr:`Failure.is_transient`), and all of it takes ``seconds`` at most. Raises Failure, also for a
+        status of 300 and more.
         """
         backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
+        deadline = time.monotonic() + seconds
         while True:
             tries -= 1
             try:
                 response = self.request(
-                    method, path, params, body=body, content_type=content_type, read_seconds=read_seconds
+                    method,
+                    path,
+                    params,
+                    body=body,
+                    content_type=content_type,
+                    read_seconds=min(read_seconds, max(_LEAST_SECONDS, deadline - time.monotonic())),
                 )
                 if response.status >= 300:
                     raise refusal(response)
-                return Reply(response.status, response.headers, read(response, most_bytes))
+                return Reply(response.status, response.headers, read(response, most_bytes, deadline))
             except Failure as failure:
-                if tries <= 0 or not failure.is_transient:
+                pause = max(failure.retry_after or 0.0, backoff.next())
+                if tries <= 0 or not failure.is_transient or time.monotonic() + pause >= deadline:
                     raise
-                time.sleep(max(failure.retry_after or 0.0, backoff.next()))
+                time.sleep(pause)
 
     def request(
         self,
@@ -226,7 +239,7 @@ class ApiConnection:
                 body=body,
                 preload_content=False,
                 redirect=False,
-                timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=read_seconds),
+                timeout=urllib3.Timeout(connect=min(_CONNECT_SECONDS, read_seconds), read=read_seconds),
             )
         except ConfigError as error:
             raise Failure("credentials", str(error)) from error
@@ -264,9 +277,13 @@ def _headers(method: str, body: bytes | None, content_type: str, authorization: 
     return headers
 
 
-def _up_to(response: urllib3.BaseHTTPResponse, most_bytes: int | None) -> bytes:
-    """Reads the body; a connection with more of it is closed."""
-    body = bytes(response.read(most_bytes))
+def _up_to(response: urllib3.BaseHTTPResponse, most_bytes: int | None, deadline: float = math.inf) -> bytes:
+    """Reads the body; a connection with more of it is closed. Raises HTTPError, OSError and, for a body that
+    is not whole at the ``deadline``, Failure."""
+    if deadline == math.inf:
+        body = bytes(response.read(most_bytes))
+    else:
+        body = b"".join(_pieces(response, math.inf if most_bytes is None else most_bytes, deadline))
     if most_bytes is None or len(body) < most_bytes:
         response.release_conn()
     else:
@@ -274,10 +291,24 @@ def _up_to(response: urllib3.BaseHTTPResponse, most_bytes: int | None) -> bytes:
     return body
 
 
-def read(response: urllib3.BaseHTTPResponse, most_bytes: int | None = None) -> bytes:
-    """Reads the body. Raises Failure."""
+def _pieces(response: urllib3.BaseHTTPResponse, left: float, deadline: float) -> Iterator[bytes]:
+    while left:
+        if time.monotonic() >= deadline:
+            response.close()
+            raise Failure("idle", "the answer was not complete in time")
+        piece = bytes(response.read1(int(min(left, _PIECE_BYTES))))
+        if not piece:
+            return
+        left -= len(piece)
+        yield piece
+
+
+def read(
+    response: urllib3.BaseHTTPResponse, most_bytes: int | None = None, deadline: float = math.inf
+) -> bytes:
+    """Reads the body, until the ``deadline`` of ``time.monotonic()`` at most. Raises Failure."""
     try:
-        return _up_to(response, most_bytes)
+        return _up_to(response, most_bytes, deadline)
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise failures.of_exception(error) from error
 

@@ -34,6 +34,11 @@ class Failure(Exception):  # noqa: N818 - a failure to go on, not an error of ou
         """
         return self.reason in _TRANSIENT
 
+    @property
+    def is_silence(self) -> bool:
+        """Nothing came in time: no connection, no answer, or no end of it."""
+        return self.reason in ("idle", "timeout")
+
 
 class Expired(Failure):
     """The resourceVersion or the continue token is too old (410): list again."""

@@ -17,6 +17,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 FOLDERS = (Path("/run/netns"), Path("/run/docker/netns"))
 #: This process's own.
 OWN = Path("/proc/self/ns/net")
+#: Why pods are not found, where :func:`may_enter` is False.
+NO_ENTRY = "this process may not enter pods' network namespaces: CAP_SYS_ADMIN is missing"
 
 
 def namespaces() -> Iterator[Path]:
@@ -48,6 +50,23 @@ def _paths() -> Iterator[Path]:
                         yield Path(thread.path, "ns/net")
 
 
+def may_enter() -> bool:
+    """False where this process is refused (setns(2)) in all namespaces but its own."""
+    is_refused = False
+    for path in namespaces():
+        if path == OWN:
+            continue
+        try:
+            socket_in(path, socket.AF_INET, socket.SOCK_DGRAM).close()
+        except PermissionError:
+            is_refused = True
+        except OSError:
+            continue
+        else:
+            return True
+    return not is_refused
+
+
 def names_by_cookie() -> dict[int, str]:
     """Names by cookie: ``host`` for this process's own, the name in a runtime's folder, or ``pid N``."""
     found = {}
@@ -76,15 +95,30 @@ def socket_in(namespace: Path, family: int, kind: int, protocol: int = 0) -> soc
     try:
         there = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _enter(there)
+            # Its own needs no capability.
+            is_own = os.path.sameopenfile(home, there)
+            if not is_own:
+                _enter(there)
         finally:
             os.close(there)
         try:
             return socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
         finally:
-            _enter(home)
+            if not is_own:
+                _enter(home)
     finally:
         os.close(home)
+
+
+def socket_with_cookie(netns: int, family: int, kind: int) -> socket.socket | None:
+    """A socket of the network namespace with this cookie; None where this process sees none."""
+    for path in namespaces():
+        with suppress(OSError):
+            found = socket_in(path, family, kind)
+            if cookie_of(found) == netns:
+                return found
+            found.close()
+    return None
 
 
 def _enter(fd: int) -> None:

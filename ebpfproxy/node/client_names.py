@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.netlink.namespaces import names_by_cookie
+from ebpfproxy.netlink.namespaces import NO_ENTRY, may_enter, names_by_cookie
 from ebpfproxy.node.clients import namespace_cookies
 
 #: Namespaces and cgroups are looked for again where one is not known, but not more often than this.
@@ -53,6 +53,10 @@ class ClientNames:
         """The same of the namespace with this name."""
         self._find_namespaces()
         return next((number for number, each in self._namespaces.items() if each.name == name), None)
+
+    def why_unknown(self) -> str:
+        """What keeps this process from seeing other network namespaces; empty where nothing does."""
+        return "" if may_enter() else NO_ENTRY
 
     def pod(self, cgroup: int) -> str:
         """The pod whose processes are in the cgroup with this id: ``namespace/name``, else a uid, else empty.

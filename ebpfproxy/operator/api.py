@@ -8,7 +8,10 @@ error is one line with the object and the server's words.
 
 from __future__ import annotations
 
+import copy
 import re
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +23,7 @@ from ebpfproxy.kube.client import JSON, ApiConnection, Reply
 from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.kube.failures import Failure
 from ebpfproxy.logs import get_logger
+from ebpfproxy.operator.waiting import Wait
 
 if TYPE_CHECKING:
     from ebpfproxy.kube.exec import Exec
@@ -32,6 +36,10 @@ _APPLY_PATCH = "application/apply-patch+yaml"
 _MERGE_PATCH = "application/merge-patch+json"
 _JSON_PATCH = "application/json-patch+json"
 _READ_SECONDS = 30.0
+#: A server that answers nothing for so long is given up, unless a command has a ``--timeout``.
+_SILENCE_SECONDS = 60.0
+#: A request gets so much even where time is over: what ends a command asks once more.
+_LEAST_SECONDS = 1.0
 _TRIES = 4
 _NOT_FOUND, _CREATED = 404, 201
 _WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')
@@ -93,31 +101,76 @@ def shown(kind: str, namespace: str, name: str) -> str:
     return f"{kind} {namespace}/{name}" if RESOURCES[kind][2] else f"{kind} {name}"
 
 
+class _Silence:
+    """How long a server has answered nothing, to any thread, and how long it may."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        #: When the first request was sent that has got no answer yet.
+        self._since: float | None = None
+
+    def left(self) -> float:
+        """Counts from the request that is about to be sent, where the one before was answered."""
+        with self._lock:
+            now = time.monotonic()
+            self._since = now if self._since is None else self._since
+            return self._since + self._seconds - now
+
+    def end(self) -> None:
+        with self._lock:
+            self._since = None
+
+    def __str__(self) -> str:
+        with self._lock:
+            now = time.monotonic()
+            seconds = now - (now if self._since is None else self._since)
+            return f"no answer for {round(seconds, 1 if seconds < 10 else None):g} s"
+
+
 class Api:
     """Requests to one API server, by one user. Methods raise ApiError. Any thread may use it."""
 
-    def __init__(self, connection: ApiConnection) -> None:
+    def __init__(self, connection: ApiConnection, seconds: float = _SILENCE_SECONDS) -> None:
+        """A server that answers nothing for ``seconds`` is given up."""
         self._connection = connection
+        self._silence = _Silence(seconds)
+        self._wait: Wait | None = None
 
     @classmethod
-    def from_options(cls, kubeconfig: Path | None, master: str | None) -> Api:
+    def from_options(
+        cls, kubeconfig: Path | None, master: str | None, *, seconds: float = _SILENCE_SECONDS
+    ) -> Api:
         """Takes an agent's ``--kubeconfig`` and ``--master``. Raises ConfigError."""
-        return cls(ApiConnection.from_options(kubeconfig, master))
+        return cls(ApiConnection.from_options(kubeconfig, master), seconds)
 
     @classmethod
-    def from_kubeconfigs(cls, paths: str, context: str | None = None, master: str | None = None) -> Api:
+    def from_kubeconfigs(
+        cls,
+        paths: str,
+        context: str | None = None,
+        master: str | None = None,
+        *,
+        seconds: float = _SILENCE_SECONDS,
+    ) -> Api:
         """``paths`` as ``KUBECONFIG`` has them. Without any of these files, the pod's service account.
 
         Raises ConfigError.
         """
         found = [path for each in paths.split(":") if each and (path := Path(each).expanduser()).exists()]
         if found:
-            return cls(ApiConnection.from_options(found, master, context=context))
+            return cls(ApiConnection.from_options(found, master, context=context), seconds)
         try:
-            return cls(ApiConnection.in_pod(master))
+            return cls(ApiConnection.in_pod(master), seconds)
         except ConfigError as error:
             log.debug("no service account", error=str(error))
         raise ConfigError(f"{paths}: no such kubeconfig, and this is no pod: name a --kubeconfig")
+
+    def within(self, wait: Wait | None) -> Api:
+        """The same server, for requests that end with ``wait``."""
+        made = copy.copy(self)
+        made._wait = wait
+        return made
 
     @property
     def host(self) -> str:
@@ -239,8 +292,11 @@ class Api:
         content_type: str = JSON,
         tries: int = _TRIES,
     ) -> Reply:
+        left = self._silence.left()
+        if self._wait is not None:
+            left = min(left, self._wait.left)
         try:
-            return self._connection.call(
+            reply = self._connection.call(
                 method,
                 path,
                 query or {},
@@ -248,9 +304,17 @@ class Api:
                 content_type=content_type,
                 read_seconds=_READ_SECONDS,
                 tries=tries,
+                seconds=max(_LEAST_SECONDS, left),
             )
         except Failure as failure:
-            raise ApiError(f"{what if failure.status else self.host}: {failure}", failure.status) from failure
+            text: object = failure
+            if failure.is_silence:
+                text = self._silence
+            else:
+                self._silence.end()
+            raise ApiError(f"{what if failure.status else self.host}: {text}", failure.status) from failure
+        self._silence.end()
+        return reply
 
 
 def _is_object(found: Any) -> bool:

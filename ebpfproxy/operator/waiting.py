@@ -20,25 +20,30 @@ class Wait:
     """
 
     def __init__(self, seconds: float, every: float | None = None) -> None:
-        self._seconds, self._every = seconds, API_SECONDS if every is None else every
+        self.seconds, self._every = seconds, API_SECONDS if every is None else every
         self.renew()
 
     def renew(self) -> None:
         """The whole time once more."""
-        self._deadline = time.monotonic() + self._seconds
+        self._deadline = time.monotonic() + self.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until time is over, below 0 afterwards."""
+        return self._deadline - time.monotonic()
 
     def __iter__(self) -> Iterator[bool]:
         while True:
-            is_last = time.monotonic() >= self._deadline
+            is_last = self.left <= 0
             yield is_last
             if is_last:
                 return
             time.sleep(self._every)
 
 
-def until(condition: Callable[[], bool], seconds: float, what: str, every: float | None = None) -> None:
+def until(condition: Callable[[], bool], wait: Wait, what: str) -> None:
     """Raises WaitError with ``what`` where the condition does not come true in time."""
-    for _ in Wait(seconds, every):
+    for _ in wait:
         if condition():
             return
-    raise WaitError(f"{what} after {seconds:g} s")
+    raise WaitError(f"{what} after {wait.seconds:g} s")

@@ -84,6 +84,8 @@ class Session:
         self._lost = lost(maps)
         self._next_services = 0.0
         self._services: frozenset[int] | None = None
+        #: What may be missing of the client that is asked for; empty where nothing is.
+        self.doubt = ""
 
     def begin(self) -> None:
         """Asks for what is wanted. Raises TraceError."""
@@ -162,6 +164,10 @@ class Session:
         if not addresses and netns is not None:
             namespace = clients.namespace(netns)
             addresses = list(namespace.addresses) if namespace is not None else []
+        if netns is None and (why := clients.why_unknown()):
+            if not addresses:
+                raise TraceError(f"a pod {pod!r} is not looked for: {why}")
+            self.doubt = f"if {pod} is a pod, what its sockets ask is not shown: {why}"
         if not addresses and netns is None:
             raise TraceError(f"no pod, network namespace or address {pod!r} is known on this node")
         # A pod has one of each family.

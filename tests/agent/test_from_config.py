@@ -42,6 +42,7 @@ def test_defaults_without_a_file_and_flags() -> None:
         api_burst=10,
         healthz_bind_address="0.0.0.0:10256",
         metrics_bind_address="127.0.0.1:10249",
+        health_timeout=60.0,
         bind_hard_fail=False,
         node_ports_on_loopback=True,
         guard_node_ports=False,
@@ -83,6 +84,15 @@ def test_unset_fields_are_read_from_this_host() -> None:
     assert found.masquerade_ports == default_range(local_range())
     with pytest.raises(NodeNameError):
         options_of(Configuration(), {"hostname-override": " "})
+
+
+@pytest.mark.parametrize("mode", ["", "iptables", "ipvs", "nftables"])
+def test_change_may_wait_for_two_sync_periods_of_the_mode(mode: str) -> None:
+    """As with kube-proxy, which gives its health server twice this time (cmd/kube-proxy/app/server.go)."""
+    section = mode or "iptables"
+    others = {each: {"syncPeriod": "10m"} for each in {"iptables", "ipvs", "nftables"} - {section}}
+    assert of({"mode": mode, **others}).health_timeout == 60
+    assert of({"mode": mode, section: {"syncPeriod": "45s"}, **others}).health_timeout == 90
 
 
 def test_every_setting_of_kube_proxy_sets_an_option_of_the_agent() -> None:

@@ -151,8 +151,8 @@ def test_own_profile_refuses_what_sys_admin_could_do(loaded: Kubelet) -> None:
 @pytest.mark.parametrize(
     ("missing", "complaint"),
     [
-        ("BPF", "lacks BPF hash maps"),
-        ("NET_ADMIN", "lacks cgroup socket programs"),
+        ("BPF", "cannot be found out without CAP_BPF"),
+        ("NET_ADMIN", "cannot be found out without CAP_NET_ADMIN"),
         ("PERFMON", "do not load without CAP_PERFMON"),
     ],
 )

@@ -19,6 +19,8 @@ from ebpfproxy.health.server import HttpServer
 from ebpfproxy.kube.objects import Node
 from tests.data import SAMPLES
 
+TIMEOUT = 60.0
+
 
 class Clock:
     def __init__(self) -> None:
@@ -34,7 +36,7 @@ def node(**parts: Any) -> Node:
 
 
 def attached(clock: Clock | None = None) -> ProxyHealth:
-    health = ProxyHealth(clock or Clock(), monotonic=clock or Clock())
+    health = ProxyHealth(TIMEOUT, clock=clock or Clock(), monotonic=clock or Clock())
     health.attached()
     return health
 
@@ -47,7 +49,7 @@ def test_unhealthy_until_the_first_sync() -> None:
 
 
 def test_unhealthy_until_programs_are_attached() -> None:
-    health = ProxyHealth(Clock())
+    health = ProxyHealth(TIMEOUT, clock=Clock())
     health.set_eligible(True)
     health.programmed()
     assert (health.healthy, health.healthz()[0], health.livez()[0]) == (False, False, False)
@@ -71,7 +73,7 @@ def test_change_pending_for_more_than_two_sync_periods_is_unhealthy() -> None:
 
 def test_clock_that_is_set_makes_no_change_wait_longer_or_shorter() -> None:
     clock, passed = Clock(), Clock()
-    health = ProxyHealth(clock, monotonic=passed)
+    health = ProxyHealth(TIMEOUT, clock=clock, monotonic=passed)
     health.attached()
     health.programmed()
     health.queued()

@@ -197,7 +197,7 @@ def test_capacity_problems_and_missing_sockets_are_shown() -> None:
 
 def test_health_and_hooks_are_read_at_each_scrape() -> None:
     metrics, now, hooks = AgentMetrics(), [100.0], [Attachment("connect4", None), Attachment("bind4", 7, 1)]
-    health = ProxyHealth(monotonic=lambda: now[0])
+    health = ProxyHealth(60.0, monotonic=lambda: now[0])
     metrics.registry.register(HealthCollector(health.healthz, lambda: hooks))
     found = values(metrics)
     assert (found["ebpfproxy_healthy"], found["ebpfproxy_node_eligible"]) == (0, 0)

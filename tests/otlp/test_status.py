@@ -19,6 +19,7 @@ def said(telemetry: TelemetryState | None) -> dict[str, str]:
     status = Status(
         kernel="6.1",
         agent_running=True,
+        agent_ended=False,
         agent=agent,
         healthy=True,
         problems=(),

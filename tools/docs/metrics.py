@@ -42,7 +42,7 @@ class Family(NamedTuple):
 def families() -> tuple[Family, ...]:
     """All metrics of /metrics, sorted. The maps of one collector are real and temporary."""
     metrics = AgentMetrics()
-    health = ProxyHealth()
+    health = ProxyHealth(timeout=60.0)
     metrics.registry.register(SourceCollector(list, dict, ""))
     metrics.registry.register(HealthCollector(health.healthz, list))
     ensure_bpffs(BPFFS)

@@ -7,7 +7,7 @@ import gzip
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,15 @@ class UnsupportedKernelError(Exception):
     def __init__(self, message: str, mend: str = "boot a newer kernel") -> None:
         super().__init__(message)
         self.mend = mend
+
+
+class UnprobedKernelError(UnsupportedKernelError):
+    """This process may not find out what the kernel has."""
+
+    def __init__(self, missing: Sequence[str]) -> None:
+        super().__init__(
+            f"what this kernel has cannot be found out without {', '.join(missing)}", "run it as root"
+        )
 
 
 class Features(msgspec.Struct, frozen=True):
@@ -95,13 +104,21 @@ def _batch_works() -> bool:
     return True
 
 
-_CAP_SYS_ADMIN, _CAP_PERFMON = 21, 38
+#: bpf(2) asks for one of these (linux/capability.h).
+_CAPABILITIES = {"CAP_BPF": 39, "CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_SYS_ADMIN": 21}
+
+
+def missing_capabilities() -> list[str]:
+    """Those of bpf(2) that this process lacks; CAP_SYS_ADMIN stands for all of them."""
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    held = int(found[1], 16) if found else 0
+    missing = [name for name, number in _CAPABILITIES.items() if not held & 1 << number]
+    return missing if "CAP_SYS_ADMIN" in missing else []
 
 
 def may_calculate_with_pointers() -> bool:
     """True if the verifier lets this process's programs do it: perfmon_capable() of linux/capability.h."""
-    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return bool(found and int(found[1], 16) & (1 << _CAP_SYS_ADMIN | 1 << _CAP_PERFMON))
+    return "CAP_PERFMON" not in missing_capabilities()
 
 
 _MUST_HAVES = (
@@ -162,6 +179,8 @@ def probe() -> Features:
         )
     for must in _MUST_HAVES:
         if not must.check():
+            if missing := [name for name in missing_capabilities() if name in ("CAP_BPF", "CAP_NET_ADMIN")]:
+                raise UnprobedKernelError(missing)
             raise UnsupportedKernelError(
                 f"this kernel ({platform.release()}) lacks {must.what}: Linux {must.since} has it; "
                 f"the oldest tested kernel is {OLDEST_KERNEL}"

@@ -57,8 +57,9 @@ class Frontends:
             self._entries[key] = entry
         self._note_all(self._entries)
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    def count(self) -> int:
+        """Of addresses with a port and a protocol: one with an entry for each scope counts once."""
+        return len({(key.address, key.port, key.protocol) for key in self._entries})
 
     def items(self) -> Iterable[tuple[ServiceKey, ServiceEntry]]:
         return self._entries.items()

@@ -107,7 +107,7 @@ class Writer:
 
     @property
     def frontends(self) -> int:
-        return len(self._frontends)
+        return self._frontends.count()
 
     @property
     def backends(self) -> int:

@@ -11,6 +11,7 @@ import msgspec
 from ebpfproxy.agent import state
 from ebpfproxy.datapath.drift.findings import Finding, Repaired, Report
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.probe import UnprobedKernelError
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
@@ -56,7 +57,10 @@ def check(bpf_root: Path, maps: MapSet, report: Report | None, silence: str) -> 
         findings += attachment_checks.lost(pins, maps.folder, agent, is_here=is_here)
         unchecked.append("whether maps hold what the API says: only the agent knows that")
     findings += attachment_checks.before_ours(pins, agent, is_here=is_here)
-    findings += node_checks.kernel()
+    try:
+        findings += node_checks.kernel()
+    except UnprobedKernelError as error:
+        unchecked.append(f"the kernel's features: {error}")
     written = agent.written if agent else None
     findings += node_checks.clock(node_checks.clock_is_synchronized(), time.time(), written)
     if is_here:

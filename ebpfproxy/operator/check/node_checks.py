@@ -10,7 +10,7 @@ from pathlib import Path
 from ebpfproxy.agent.state import AgentState
 from ebpfproxy.config.datapath import Feature
 from ebpfproxy.datapath.drift.findings import Finding
-from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError, probe
+from ebpfproxy.datapath.kernel.probe import UnprobedKernelError, UnsupportedKernelError, probe
 from ebpfproxy.node.facts import Link
 from ebpfproxy.node.roles import Role
 
@@ -34,9 +34,11 @@ def _finding(what: str, consequence: str, mend: str, *, warning: bool = False) -
 
 
 def kernel() -> Iterator[Finding]:
-    """Features that are missing; those with a fallback are warnings. Needs root."""
+    """Features that are missing; those with a fallback are warnings. Raises UnprobedKernelError."""
     try:
         found = probe()
+    except UnprobedKernelError:
+        raise
     except UnsupportedKernelError as error:
         yield _finding(str(error), "the agent does not start", error.mend)
         return

@@ -97,6 +97,8 @@ def _switched_off(api: Api) -> Iterator[str]:
     try:
         found = sorted(each["metadata"]["name"] for each in api.list("Node", "", labelSelector=_OFF))
     except ApiError as error:
+        if error.status == 0:
+            raise
         # Installing needs no right to list nodes.
         yield f"warning: {error}: whether nodes have the label {_OFF} is not known"
         return
@@ -180,5 +182,7 @@ def _networking(api: Api, say: Say) -> Networking:
     try:
         return cluster_facts.networking(api)
     except ApiError as error:
+        if error.status == 0:
+            raise
         say(f"warning: {error}: kubeadm's CIDRs are not used")
         return Networking()

@@ -70,12 +70,13 @@ def against(api: Api, found: dict[Place, Object]) -> Iterator[str]:
     for place, item in found.items():
         if place[0] == "DaemonSet" and place[2] == AGENT:
             least = max(least, rollout.progress(item).desired)
-    for _ in Wait(SETTLE_SECONDS):
+    wait = Wait(SETTLE_SECONDS)
+    for _ in wait:
         theirs = rollout.progress(kube_proxy)
         wanted = max(least, theirs.desired)
         if wanted and theirs.available >= wanted:
             return
-        kube_proxy = kube_proxy_objects.find(api) or kube_proxy
+        kube_proxy = kube_proxy_objects.find(api.within(wait)) or kube_proxy
     yield f"{name} is ready on {theirs.available} of {wanted} nodes"
 
 
@@ -139,9 +140,10 @@ def _wait_gone(api: Api, place: Place, seconds: float) -> list[str]:
     """Waits until no pod is left; returns one line where some stay."""
     left: list[Object] = []
     said = ""
-    for _ in Wait(seconds):
+    wait = Wait(seconds)
+    for _ in wait:
         try:
-            left, said = pod_status.of_daemon_set(api, *place[1:]), ""
+            left, said = pod_status.of_daemon_set(api.within(wait), *place[1:]), ""
         except ApiError as error:
             if not error.may_pass:
                 return [str(error)]

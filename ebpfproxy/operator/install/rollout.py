@@ -46,16 +46,18 @@ def wait(api: Api, namespace: str, name: str, seconds: float, say: Say) -> int:
     what = shown("DaemonSet", namespace, name)
     best, before = (False, -1, -1), None
     said: list[str] = []
+    unanswered = False
     waiting = Wait(seconds)
     for _ in waiting:
         try:
-            item = api.get("DaemonSet", namespace, name)
+            item = api.within(waiting).get("DaemonSet", namespace, name)
         except ApiError as error:
             # The server may restart meanwhile, or be reached through what is rolled out.
             if not error.may_pass:
                 raise RolloutError(str(error)) from error
-            said = [str(error)]
+            said, unanswered = [str(error)], error.status == 0
             continue
+        unanswered = False
         if item is None:
             raise RolloutError(f"{what} is gone")
         now = progress(item)
@@ -68,10 +70,12 @@ def wait(api: Api, namespace: str, name: str, seconds: float, say: Say) -> int:
         if reached > best:
             best = reached
             waiting.renew()
-    try:
-        said = list(why(api, namespace, name))
-    except ApiError as error:
-        said.append(str(error))
+    # A server that cannot be reached is not asked for more.
+    if not unanswered:
+        try:
+            said = list(why(api, namespace, name))
+        except ApiError as error:
+            said.append(str(error))
     raise RolloutError("\n".join([f"{what}: nothing more became ready in {seconds:g} s", *said]))
 
 

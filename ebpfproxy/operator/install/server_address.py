@@ -69,11 +69,13 @@ def parse(url: str) -> Address:
 
 def find(api: Api, before: Object | None, say: Say) -> Address | None:
     """``before``: our own ConfigMap, as an earlier install has left it. One line says which address was
-    chosen, or why none."""
+    chosen, or why none. Raises ApiError where the server cannot be reached."""
     refused: list[str] = []
     try:
         named = _cluster_info(api)
     except ApiError as error:
+        if error.status == 0:
+            raise
         named = ""
         refused.append(str(error))
     found = _usable(named, shown("ConfigMap", _NAMESPACE, _NAME), refused)

@@ -11,7 +11,7 @@ from ebpfproxy.operator.api import Api, ApiError, Object, Patch
 from ebpfproxy.operator.kube_proxy_objects import File
 from ebpfproxy.operator.migrate.switches import KUBE_PROXY, Switch
 from ebpfproxy.operator.names import OFF
-from ebpfproxy.operator.waiting import until
+from ebpfproxy.operator.waiting import Wait, until
 
 #: A patch is made so often anew where somebody else changes the same object.
 _TRIES = 5
@@ -80,9 +80,11 @@ class Daemon:
     def __init__(self, api: Api, switch: Switch, node: str) -> None:
         self._api, self.switch, self.node = api, switch, node
 
-    def pods(self, *, ready: bool = False) -> list[str]:
+    def pods(self, *, ready: bool = False, wait: Wait | None = None) -> list[str]:
         """Names of its pods; one that is about to end is not ready."""
-        found = self._api.list("Pod", self.switch.namespace, fieldSelector=f"spec.nodeName={self.node}")
+        found = self._api.within(wait).list(
+            "Pod", self.switch.namespace, fieldSelector=f"spec.nodeName={self.node}"
+        )
         return [
             pod["metadata"]["name"]
             for pod in found
@@ -93,7 +95,8 @@ class Daemon:
         """Labels the node and waits until the pod is gone. The switch has to work."""
         done = self._turn(off=True)
         what = f"{self.node}: {self.switch.name}: its pod is still there"
-        until(lambda: not self.pods(), seconds, what)
+        wait = Wait(seconds)
+        until(lambda: not self.pods(wait=wait), wait, what)
         return [*done, f"{self.switch.name}'s pod is gone"]
 
     def on(self, seconds: float) -> list[str]:
@@ -103,7 +106,8 @@ class Daemon:
         return [*done, f"{self.switch.name}'s pod is ready"]
 
     def wait_ready(self, seconds: float, what: str) -> None:
-        until(lambda: bool(self.pods(ready=True)), seconds, f"{self.node}: {what}")
+        wait = Wait(seconds)
+        until(lambda: bool(self.pods(ready=True, wait=wait)), wait, f"{self.node}: {what}")
 
     def allow(self) -> list[str]:
         """Removes the label and does not wait."""

@@ -20,6 +20,7 @@ from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.libbpf import LinkInfo
 from ebpfproxy.datapath.kernel.probe import probe
 from ebpfproxy.netlink import traffic_control
+from ebpfproxy.netlink.namespaces import NO_ENTRY, may_enter
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
 from ebpfproxy.node.clients import visible_namespaces
 from ebpfproxy.node.pod_names import pods
@@ -141,6 +142,8 @@ def namespaces(results: Path) -> Iterator[str]:
         addresses = [format_address(address) for address in each.addresses]
         yield from rows([{**each._asdict(), "path": str(each.path), "addresses": addresses}])
     yield from rows({"pod": f"{pod.namespace}/{pod.name}", "netns": pod.netns} for pod in pods(results))
+    if not may_enter():
+        raise PermissionError(NO_ENTRY)
 
 
 # -- BPF, whosever it is

@@ -101,8 +101,9 @@ class _Test:
             return
         try:
             self._api.delete("Namespace", "", self._namespace)
-            for _ in Wait(self._wanted.seconds):
-                if self._api.get("Namespace", "", self._namespace) is None:
+            wait = Wait(self._wanted.seconds)
+            for _ in wait:
+                if self._api.within(wait).get("Namespace", "", self._namespace) is None:
                     self._say(f"namespace {self._namespace} removed")
                     return
             self._say(f"namespace {self._namespace} is deleted, but not gone yet: are all nodes up?")
@@ -132,9 +133,10 @@ class _Test:
         item = objects.pod(
             (self._namespace, client.name), client.role, client.node.name, self._site.image, plan, **labels
         )
-        for is_last in Wait(self._wanted.seconds):
+        wait = Wait(self._wanted.seconds)
+        for is_last in wait:
             try:
-                self._api.create(item)
+                self._api.within(wait).create(item)
                 return
             except ApiError as error:
                 # A new namespace gets its service account after a moment.
@@ -166,8 +168,11 @@ class _Test:
     def _wait_ready(self, role: str, count: int) -> dict[str, tuple[str, ...]]:
         """Returns the addresses of the pods by name, once all are ready. Raises CannotTestError."""
         found: list[Object] = []
-        for _ in Wait(self._wanted.seconds):
-            found = self._api.list("Pod", self._namespace, labelSelector=f"{objects.LABEL}={role}")
+        wait = Wait(self._wanted.seconds)
+        for _ in wait:
+            found = self._api.within(wait).list(
+                "Pod", self._namespace, labelSelector=f"{objects.LABEL}={role}"
+            )
             if len(found) >= count and all(map(pod_status.is_ready, found)):
                 break
             if any(pod_status.cannot_start(pod) or pod_status.has_ended(pod) for pod in found):
@@ -211,8 +216,9 @@ class _Test:
             a for server in cluster.servers for a in server.addresses if questions.family(a) in families
         }
         missing = wanted
-        for _ in Wait(self._wanted.seconds):
-            slices = self._api.list(
+        wait = Wait(self._wanted.seconds)
+        for _ in wait:
+            slices = self._api.within(wait).list(
                 "EndpointSlice", self._namespace, labelSelector=f"kubernetes.io/service-name={objects.ANY}"
             )
             endpoints = [each for item in slices for each in item.get("endpoints") or ()]
@@ -229,9 +235,10 @@ class _Test:
     def _lines(self, name: str, complete: Callable[[Lines], bool]) -> Lines:
         """Returns what a pod has printed, once it is complete or the time is over."""
         lines: Lines = []
-        for _ in Wait(self._wanted.seconds):
+        wait = Wait(self._wanted.seconds)
+        for _ in wait:
             try:
-                text = self._api.log(self._namespace, name)
+                text = self._api.within(wait).log(self._namespace, name)
             except ApiError as error:
                 # The container may still be created.
                 if error.status == 0:
@@ -324,8 +331,9 @@ class _Test:
         namespace, name = self._wanted.agent_namespace, self._wanted.daemon_set
         self._api.delete("Pod", namespace, node.agent)
         why = "no pod followed"
-        for _ in Wait(self._wanted.seconds):
-            found = self._api.list("Pod", namespace, fieldSelector=f"spec.nodeName={node.name}")
+        wait = Wait(self._wanted.seconds)
+        for _ in wait:
+            found = self._api.within(wait).list("Pod", namespace, fieldSelector=f"spec.nodeName={node.name}")
             for pod in found:
                 if pod_status.is_owned_by(pod, name) and pod["metadata"]["name"] != node.agent:
                     self._agents[node.name] = pod["metadata"]["name"]

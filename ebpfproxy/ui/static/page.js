@@ -601,7 +601,8 @@ function node() {
   show(main, heading("Node"), parts);
   const poll = new Poll(3, (signal) => ask("status", {}, signal), ({ status, facts, now }) => {
     const devices = status.devices.map((each) => [cell(each.device), cell(each.directions.join(", ")), cell(each.role), cell(each.xdp), wide(each.why)]);
-    const watches = (status.agent?.watches ?? []).map((each) => [
+    const isCurrent = status.agent_running && !status.agent_ended;
+    const watches = ((isCurrent && status.agent?.watches) || []).map((each) => [
       cell(each.resource), cell(each.state, each.state === "connected" ? "good" : "bad"), cell(age(now - each.since)),
       cell(each.last_event ? age(now - each.last_event) : "never"), wide(each.error ?? ""),
     ]);

@@ -35,7 +35,7 @@ def ours() -> kube_proxy_frontends.Frontends:
         for f in port.frontends:
             name = format_frontend(f.address, f.port, f.protocol)
             if f.kind is FrontendKind.NODE_PORT:
-                name = f"*:{name.rpartition(':')[2]}"
+                name = f"{'[::]' if ':' in name.rpartition(':')[0] else '0.0.0.0'}:{name.rpartition(':')[2]}"
             used = {
                 b
                 for p in (f.internal, f.external)
@@ -49,7 +49,7 @@ def test_frontends_of_both_modes_of_a_real_kube_proxy_are_equal() -> None:
     assert iptables() == nftables()
     assert len(iptables()) == 19
     assert iptables()["10.96.0.10:53/UDP"] == {"10.244.1.2:53", "10.244.2.2:53"}
-    assert iptables()["*:31317/TCP"] == {"10.244.2.6:8080", "10.244.3.6:8080"}
+    assert iptables()["0.0.0.0:31317/TCP"] == {"10.244.2.6:8080", "10.244.3.6:8080"}
     assert iptables()["10.96.177.53:80/TCP"] == frozenset(), "it is rejected but known"
 
 
@@ -108,7 +108,7 @@ def _row(kind: str, frontend: str, scope: str, *backends: str) -> FrontendRow:
     )
 
 
-def test_node_ports_of_all_addresses_and_both_scopes_are_one_frontend() -> None:
+def test_node_port_is_one_frontend_in_each_family_whatever_its_addresses_and_scopes() -> None:
     rows = [
         _row("NodePort", "192.168.0.1:30080/TCP", "internal", "10.1.0.1:80"),
         _row("NodePort", "192.168.0.1:30080/TCP", "external", "10.1.0.2:80"),
@@ -116,6 +116,15 @@ def test_node_ports_of_all_addresses_and_both_scopes_are_one_frontend() -> None:
         _row("ClusterIP", "10.0.0.1:80/TCP", "internal"),
     ]
     assert kube_proxy_frontends.of_maps(rows) == {
-        "*:30080/TCP": {"10.1.0.1:80", "10.1.0.2:80", "[fd01::1]:80"},
+        "0.0.0.0:30080/TCP": {"10.1.0.1:80", "10.1.0.2:80"},
+        "[::]:30080/TCP": {"[fd01::1]:80"},
         "10.0.0.1:80/TCP": frozenset(),
     }
+
+
+def test_node_port_that_kube_proxy_serves_in_one_family_keeps_nobody_from_going_back() -> None:
+    """In IPVS mode a node without an IPv6 address has no virtual server for it."""
+    ours = {name: frozenset({"e:1"}) for name in ("0.0.0.0:30080/TCP", "[::]:30080/TCP", "[::]:30081/TCP")}
+    theirs = {"0.0.0.0:30080/TCP": frozenset({"e:1"})}
+    assert kube_proxy_frontends.unserved(ours, theirs) == ["[::]:30081/TCP"]
+    assert kube_proxy_frontends.missing(ours, theirs).keys() == {"[::]:30080/TCP", "[::]:30081/TCP"}

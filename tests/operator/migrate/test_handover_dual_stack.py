@@ -67,8 +67,8 @@ def test_migration_and_rollback_under_load_keep_long_connections(
         assert broken(connections) == {}, "kube-proxy and the agent run side by side"
         planned = json.loads(cluster.migrate("plan", "-o", "json"))
         assert (planned["blockers"], planned["differences"]) == ([], {})
-        # A NodePort is one frontend for both families.
-        assert planned["kube_proxy_frontends"] == 36
+        # A NodePort is one frontend in each family.
+        assert planned["kube_proxy_frontends"] == planned["agent_frontends"] == 40
         assert planned["flows"] >= len(connections)
         output = cluster.migrate("run")
         time.sleep(0.3)

@@ -75,7 +75,7 @@ def test_frontends_of_virtual_servers_have_destinations_with_weight() -> None:
     assert kube_proxy_frontends.of_ipvs(found) == {
         "10.96.0.1:443/TCP": {"172.18.0.2:6699", "172.18.0.3:6699"},
         "[fd00:10:96::1]:443/TCP": {"[fd00::2]:6699"},
-        "*:30055/TCP": set(),
+        "0.0.0.0:30055/TCP": set(),
     }
 
 

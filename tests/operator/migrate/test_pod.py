@@ -67,7 +67,7 @@ def test_work_pod_sees_kube_proxy_its_rules_and_the_agents_maps(cluster: KubePro
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        ("BPF", "lacks BPF hash maps"),
+        ("BPF", "what this kernel has cannot be found out without CAP_BPF"),
         (
             "NET_ADMIN",
             "iptables-legacy-save: iptables-save v1.8.9 (legacy): Cannot initialize: Permission denied",
@@ -76,7 +76,7 @@ def test_work_pod_sees_kube_proxy_its_rules_and_the_agents_maps(cluster: KubePro
             "NET_RAW",
             "iptables-legacy-save: iptables-save v1.8.9 (legacy): Cannot initialize: Permission denied",
         ),
-        ("SYS_ADMIN", "Operation not permitted (root or CAP_BPF is needed)"),
+        ("SYS_ADMIN", "Operation not permitted (this process lacks CAP_PERFMON, CAP_SYS_ADMIN)"),
         ("SYS_PTRACE", "/ns/net'; root is needed"),
     ],
 )

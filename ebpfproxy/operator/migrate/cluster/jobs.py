@@ -74,9 +74,10 @@ class Jobs:
 
     def _create(self, name: str, manifest: Object) -> None:
         """Deletes a pod that an earlier call left, if it has ended."""
-        for _ in Wait(self._seconds):
+        wait = Wait(self._seconds)
+        for _ in wait:
             try:
-                self._api.create(manifest)
+                self._api.within(wait).create(manifest)
                 return
             except ApiError as error:
                 if error.status != _EXISTS:
@@ -93,8 +94,9 @@ class Jobs:
     def _wait(self, node: str, name: str, seconds: float, looks: Callable[[str], None] | None) -> Done:
         where = f"{node}: pod {self._namespace}/{name}"
         to_start = time.monotonic() + self._seconds
-        for _ in Wait(seconds):
-            pod = self._api.get("Pod", self._namespace, name)
+        wait = Wait(seconds)
+        for _ in wait:
+            pod = self._api.within(wait).get("Pod", self._namespace, name)
             if pod is None:
                 raise JobError(f"{where} is gone")
             if why := pod_status.cannot_start(pod):

@@ -212,6 +212,10 @@ class Tool(msgspec.Struct, frozen=True, order=True):
     save: str
     restore: str
 
+    @property
+    def is_ipv6(self) -> bool:
+        return self.name.startswith("ip6tables")
+
     def saved(self, *arguments: str) -> str:
         """Reads existing tables and creates none. Raises ToolError."""
         return tools.run(self.save, *arguments)

@@ -1,8 +1,8 @@
 """The frontends that kube-proxy serves, and their endpoints, read from its rules in any mode.
 
 The agent's maps are compared with them before kube-proxy is stopped: it watched the same API by itself.
-Frontends are named as ``service list`` names them, ``10.96.0.10:53/UDP``; NodePorts without an address,
-``*:30080/TCP``, since modes differ in the addresses that they answer on.
+Frontends are named as ``service list`` names them, ``10.96.0.10:53/UDP``; a NodePort is one in each family,
+``0.0.0.0:30080/TCP`` and ``[::]:30080/TCP``, since modes differ in the addresses that they answer on.
 """
 
 from __future__ import annotations
@@ -25,11 +25,17 @@ Frontends = dict[str, frozenset[str]]
 _SERVICE = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-XLB-")
 _ENDPOINT = "KUBE-SEP-"
 _NODE_PORT = "NodePort"
+#: NodePorts have these as addresses.
+_ANY4, _ANY6 = "0.0.0.0", "::"
 
 
 def name(address: str, port: int | str, protocol: str) -> str:
     host = f"[{address}]" if ":" in address else address
     return f"{host}:{port}/{protocol.upper()}"
+
+
+def node_port(port: int | str, protocol: str, *, is_ipv6: bool) -> str:
+    return name(_ANY6 if is_ipv6 else _ANY4, port, protocol)
 
 
 # -- iptables
@@ -66,15 +72,15 @@ class _Chains:
         return self._known[chain]
 
 
-def of_iptables(saved: str) -> Frontends:
-    """Reads one ``iptables-save``. Raises ToolError."""
+def of_iptables(saved: str, *, is_ipv6: bool = False) -> Frontends:
+    """Reads one ``iptables-save``, or ``ip6tables-save``. Raises ToolError."""
     try:
-        return _of_tables(iptables.parse(saved))
+        return _of_tables(iptables.parse(saved), is_ipv6=is_ipv6)
     except (LookupError, RecursionError) as error:
         raise ToolError(f"iptables-save printed a rule that is not understood: {error!r}") from error
 
 
-def _of_tables(tables: Iterable[iptables.Table]) -> Frontends:
+def _of_tables(tables: Iterable[iptables.Table], *, is_ipv6: bool) -> Frontends:
     found: Frontends = {}
     for table in tables:
         chains = _Chains(table)
@@ -91,8 +97,11 @@ def _of_tables(tables: Iterable[iptables.Table]) -> Frontends:
                 address = words.get("-d", "").partition("/")[0]
                 if "--dport" not in words or address.startswith("127."):
                     continue
-                shown = "*" if is_node_port or not address else address
-                key = name(shown, words["--dport"], words["-p"])
+                port, protocol = words["--dport"], words["-p"]
+                if is_node_port or not address:
+                    key = node_port(port, protocol, is_ipv6=is_ipv6)
+                else:
+                    key = name(address, port, protocol)
                 found[key] = found.get(key, frozenset()) | chains.endpoints(target)
     return found
 
@@ -124,7 +133,10 @@ def _of_objects(objects: Iterable[dict[str, Any]]) -> Frontends:
         for map_name in ("service-ips", "service-nodeports", "no-endpoint-services", "no-endpoint-nodeports"):
             for key, verdict in maps.get(map_name, ()):
                 parts = _concat(key)
-                shown = name(*parts) if len(parts) == 3 else name("*", parts[1], parts[0])
+                if len(parts) == 3:
+                    shown = name(*parts)
+                else:
+                    shown = node_port(parts[1], parts[0], is_ipv6=family == "ip6")
                 target = str(next(iter(verdict.values()))["target"]) if isinstance(verdict, dict) else ""
                 found[shown] = found.get(shown, frozenset()) | _reached(leads, target)
     return found
@@ -189,7 +201,10 @@ def of_ipvs(servers: Iterable[VirtualServer]) -> Frontends:
     """Reads kube-proxy's virtual servers, which exist without endpoints, too."""
     found: Frontends = {}
     for each in servers:
-        key = name("*" if each.is_node_port else each.address, each.port, each.protocol)
+        if each.is_node_port:
+            key = node_port(each.port, each.protocol, is_ipv6=":" in each.address)
+        else:
+            key = name(each.address, each.port, each.protocol)
         found[key] = found.get(key, frozenset()) | frozenset(each.endpoints)
     return found
 
@@ -203,8 +218,8 @@ def of_maps(rows: Iterable[FrontendRow]) -> Frontends:
     for row in rows:
         shown = row.frontend
         if row.type == _NODE_PORT:
-            port_and_protocol = row.frontend.rpartition(":")[2]
-            shown = f"*:{port_and_protocol}"
+            address, _, rest = row.frontend.rpartition(":")
+            shown = node_port(*rest.split("/"), is_ipv6=":" in address)
         found.setdefault(shown, set()).update(backend.address for backend in row.backends)
     return {frontend: frozenset(backends) for frontend, backends in found.items()}
 
@@ -224,14 +239,28 @@ def _normal(text: str) -> str:
 
 def unserved(ours: Frontends, theirs: Frontends) -> list[str]:
     """Returns frontends of the maps that kube-proxy does not serve. It may know fewer endpoints, by its
-    policies.
+    policies, and a NodePort in one family alone, by the addresses of the node.
     """
-    theirs = normal(theirs)
+    served = _in_any_family(normal(theirs))
     return sorted(
         frontend
         for frontend, endpoints in normal(ours).items()
-        if frontend not in theirs or (endpoints and not theirs[frontend])
+        if (key := _familyless(frontend)) not in served or (endpoints and not served[key])
     )
+
+
+def _in_any_family(found: Frontends) -> Frontends:
+    merged: Frontends = {}
+    for frontend, endpoints in found.items():
+        key = _familyless(frontend)
+        merged[key] = merged.get(key, frozenset()) | endpoints
+    return merged
+
+
+def _familyless(frontend: str) -> str:
+    """The same for a NodePort in both families."""
+    address, _, rest = frontend.rpartition(":")
+    return f"*:{rest}" if address.strip("[]") in (_ANY4, _ANY6) else frontend
 
 
 def missing(theirs: Frontends, ours: Frontends) -> dict[str, str]:

@@ -123,7 +123,9 @@ def brief(planned: Plan) -> Brief:
 def rules_serve() -> kube_proxy_frontends.Frontends:
     """Returns the frontends of kube-proxy's rules, of all modes. Raises ToolError."""
     found: kube_proxy_frontends.Frontends = {}
-    texts = [kube_proxy_frontends.of_iptables(tool.saved()) for tool in iptables.installed()]
+    texts = [
+        kube_proxy_frontends.of_iptables(tool.saved(), is_ipv6=tool.is_ipv6) for tool in iptables.installed()
+    ]
     texts += [
         kube_proxy_frontends.of_nftables(tools.run("nft", "-j", "list", "table", *name.split()))
         for name in nftables.find()

@@ -185,9 +185,8 @@ def _wait_agent(target: NodeTarget, say: Say) -> None:
     try:
         until(
             lambda: not is_locked(target.bpf_root),
-            target.seconds,
+            Wait(target.seconds, NODE_SECONDS),
             f"--bpf-root {target.bpf_root}: the agent still runs",
-            NODE_SECONDS,
         )
     except WaitError as error:
         raise RootError(str(error)) from error

@@ -93,7 +93,8 @@ def check(bpf_root: Path) -> AgentCheck:
     runs = is_locked(bpf_root)
     if not runs:
         problems.append("the agent does not run")
-    if agent is None or not agent.synced:
+    knows_nothing = agent is None or not agent.synced or (runs and state.has_ended(agent))
+    if agent is None or knows_nothing:
         problems.append("the agent has not read all Services and EndpointSlices yet")
     elif not agent.healthy:
         problems.append("the agent is not healthy: see ebpfproxy status")
@@ -106,5 +107,5 @@ def check(bpf_root: Path) -> AgentCheck:
         node=agent.node if agent is not None else "",
         rows=tuple(Dump(maps).frontends()),
         problems=tuple(problems),
-        starting=runs and (agent is None or not agent.synced),
+        starting=runs and knows_nothing,
     )

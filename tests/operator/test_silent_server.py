@@ -1,0 +1,134 @@
+"""A server that accepts connections and answers nothing, or not to the end: commands end with their --timeout."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ebpfproxy.cli import main
+from ebpfproxy.operator.api import Api, ApiError
+from ebpfproxy.operator.install import rollout
+from ebpfproxy.operator.install.rollout import RolloutError
+from ebpfproxy.operator.migrate.daemonsets import Daemon
+from ebpfproxy.operator.migrate.switches import KUBE_PROXY
+from tests.apiserver import ApiServer, objects
+from tests.kube.files import kubeconfig
+
+NO_ANSWER = r"no answer for [\d.]+ s"
+HANGING = 99
+
+
+class Silent:
+    """Every try to send a request is a connection of its own: the one before was closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.kubeconfig = kubeconfig(folder / "admin.conf", self.url, {"token": "x"})
+
+    def tries(self) -> int:
+        self._socket.settimeout(0.1)
+        count = 0
+        try:
+            while True:
+                self._socket.accept()[0].close()
+                count += 1
+        except TimeoutError:
+            return count
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[Silent]:
+    made = Silent(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    with ApiServer() as made:
+        made.store.put("nodes", objects.node("node-a"))
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("install --image x", 1),
+        ("install --image x --dry-run", 1),
+        ("uninstall --cleanup --image x", 1),
+        ("migrate plan --all-nodes", 1),
+        ("migrate run --all-nodes", 1),
+        ("migrate rollback --all-nodes", 1),
+        ("test", 2),
+    ],
+)
+def test_command_keeps_within_its_timeout(silent: Silent, command: str, code: int) -> None:
+    """Its error names the server, and for how long it was silent. A request without the limit is tried four
+    times, for 30 seconds each."""
+    arguments = [*command.split(), "--timeout", "500ms", "--kubeconfig", str(silent.kubeconfig)]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == code
+    assert re.fullmatch(f"Error: {silent.url}: {NO_ANSWER}\n", done.stderr), done.stderr
+    assert silent.tries() == 1
+
+
+@pytest.mark.parametrize("resource", ["configmaps", "nodes"])
+def test_silence_is_no_warning_of_an_installation(server: ApiServer, tmp_path: Path, resource: str) -> None:
+    """What could not be read would be missing in the agent's configuration."""
+    server.fail("hang", resource=resource, times=HANGING)
+    path = kubeconfig(tmp_path / "admin.conf", server.url, {"token": "x"})
+    arguments = ["install", "--image", "x", "--dry-run", "--timeout", "500ms", "--kubeconfig", str(path)]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert re.fullmatch(f"Error: {server.url}: {NO_ANSWER}", done.stderr.splitlines()[-1]), done.stderr
+    assert "warning" not in done.stderr
+
+
+def test_waiting_for_a_rollout_ends_when_its_time_is_over(server: ApiServer) -> None:
+    """A request that is sent shortly before may not take its own time beyond that."""
+    server.fail("hang", times=HANGING)
+    with pytest.raises(RolloutError) as raised:
+        rollout.wait(Api.from_options(None, server.url), "kube-system", "ebpfproxy", 0.5, print)
+    first, second = str(raised.value).splitlines()
+    assert first == "DaemonSet kube-system/ebpfproxy: nothing more became ready in 0.5 s"
+    assert re.fullmatch(f"{server.url}: {NO_ANSWER}", second)
+    assert len(server.requests) <= 2, "one, and a last one when the time was over"
+
+
+def test_waiting_for_a_pod_ends_when_its_time_is_over(server: ApiServer) -> None:
+    server.fail("hang", times=HANGING)
+    daemon = Daemon(Api.from_options(None, server.url), KUBE_PROXY, "node-a")
+    with pytest.raises(ApiError, match=f"^{server.url}: {NO_ANSWER}$"):
+        daemon.wait_ready(0.5, "its pod is not ready")
+    assert len(server.requests) == 1
+
+
+def test_requests_after_silence_are_not_waited_for_again(server: ApiServer) -> None:
+    """A command that goes on after an error, to clean up, asks once more; what is answered counts."""
+    api = Api.from_options(None, server.url, seconds=0.5)
+    server.fail("hang", times=2)
+    for _ in range(2):
+        with pytest.raises(ApiError, match=NO_ANSWER):
+            api.get("Node", "", "node-a")
+    assert len(server.requests) == 2
+    assert api.get("Node", "", "node-a") is not None
+
+
+def test_answer_that_does_not_end_is_silence(server: ApiServer) -> None:
+    for number in range(20):
+        server.store.put("nodes", objects.node(f"node-{number}"))
+    server.fail("slow", resource="nodes", seconds=0.3, times=HANGING)
+    api = Api.from_options(None, server.url, seconds=1)
+    with pytest.raises(ApiError, match=f"^{server.url}: {NO_ANSWER}$"):
+        api.list("Node", "")
+    server.heal()
+    assert len(api.list("Node", "")) == 21

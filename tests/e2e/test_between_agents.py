@@ -13,6 +13,7 @@ from ebpfproxy.datapath.kernel.roots import Lock
 from ebpfproxy.operator.migrate.node import takeover
 from tests.e2e.two_node_cluster import TwoNodeCluster
 from tests.lab import Agent, Lab
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -31,8 +32,16 @@ def cluster() -> Iterator[TwoNodeCluster]:
 @pytest.fixture
 def agent(cluster: TwoNodeCluster) -> Iterator[Agent]:
     started = cluster.agent().start()
+    wait_record(cluster, started)
     yield started
     started.kill()
+
+
+def wait_record(cluster: TwoNodeCluster, agent: Agent) -> None:
+    """It is written a moment after the agent serves; until then there is that of the one before."""
+    assert agent.process is not None
+    pid = agent.process.pid
+    until(lambda: status(cluster)["agent"]["pid"] == pid, "no record of the agent")
 
 
 def status(cluster: TwoNodeCluster) -> dict[str, Any]:
@@ -64,6 +73,7 @@ def test_record_of_an_agent_that_has_ended_is_told_from_the_next_ones(
 def test_next_agent_leaves_its_own_record(cluster: TwoNodeCluster, agent: Agent) -> None:
     agent.kill()
     again = cluster.agent().start()
+    wait_record(cluster, again)
     found = status(cluster)
     assert (found["agent_running"], found["agent_ended"]) == (True, False)
     assert again.stop() == 0

@@ -12,6 +12,7 @@ from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.services import adopt
 from ebpfproxy.datapath.services.backends import Backends
+from ebpfproxy.datapath.services.publish import Publisher
 from ebpfproxy.datapath.services.retirement import Retirement
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import BackendState, ServicePort
@@ -110,16 +111,20 @@ def agents(bench: Bench) -> Iterator[Agents]:
         ("absent", "ready elsewhere"),
         ("absent", "unready elsewhere"),
         ("terminating", "terminating elsewhere"),
+        *(("gone", elsewhere) for elsewhere in OTHERS),
     ],
 )
 @pytest.mark.parametrize("after", STATES)
 def test_start_after_a_change_writes_what_a_running_agent_writes(
     agents: Agents, before: str, after: str, elsewhere: str
 ) -> None:
+    """``gone``: it was absent for so long that nobody waits for it any more."""
     others, found = OTHERS[elsewhere], []
     for is_restarted in (False, True):
         agents.begin(*others)
-        agents.apply(*STATES[before], *others)
+        agents.apply(*STATES["absent" if before == "gone" else before], *others)
+        if before == "gone":
+            agents.pass_time()
         if is_restarted:
             agents.restart()
         agents.apply(*STATES[after], *others)
@@ -166,3 +171,19 @@ def test_agent_that_is_killed_while_a_service_is_deleted_loses_no_removal(agents
     agents.restart()
     agents.apply()
     assert agents.reasons == dict.fromkeys(ids, RemovalReason.IDLE)
+
+
+def test_endpoint_that_was_absent_stays_gone_though_the_agent_is_killed_before_its_service_is_nameless(
+    agents: Agents,
+) -> None:
+    """Its connections are closed, while those to the Service's other endpoint go on."""
+    others = OTHERS["terminating elsewhere"]
+    agents.begin(*others)
+    agents.apply(*STATES["absent"], *others)
+    with patch.object(Publisher, "_forget_name", side_effect=KilledError), pytest.raises(KilledError):
+        agents.apply(*others)
+    written = agents.reasons
+    assert written[agents.first] == RemovalReason.GONE
+    agents.restart()
+    agents.apply(*others)
+    assert agents.reasons == written

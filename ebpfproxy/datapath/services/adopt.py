@@ -42,8 +42,9 @@ def adopt(maps: MapSet, names: Mapping[int, ServicePortKey], tables: Tables) -> 
     entries = _entries(frontends)
     sources = _sources(maps)
     members, strangers = _members(maps, names.keys())
-    unselected = _with_something_open(maps, backends)
+    busy = _with_something_open(maps, backends)
     missing = _absent(names.keys(), backends, removed)
+    gone = removed.by_service(RemovalReason.GONE)
     published = {}
     for number, name in names.items():
         selected = selections.backends(number)
@@ -53,7 +54,8 @@ def adopt(maps: MapSet, names: Mapping[int, ServicePortKey], tables: Tables) -> 
             number,
             tuple(entries.get(number, ())),
             frozenset(sources.get(number, NO_SOURCES)),
-            unselected.get(number, NO_IDS) - selected | absent,
+            # The service port has let go of what is gone, which another one may hold.
+            busy.get(number, NO_IDS) - selected - gone.get(number, NO_IDS) | absent,
             members=members.get(number, NO_MEMBERS),
         )
         known.inactive = backends.adopt(selected | known.unselected, absent)
@@ -121,7 +123,7 @@ def uses(maps: MapSet) -> Iterator[BackendUse]:
 
 def _absent(services: Set[int], backends: Backends, removed: RemovedBackends) -> dict[int, frozenset[int]]:
     """Backends that an earlier agent was waiting for, by service id. Those that cannot come back are gone."""
-    found = removed.absent
+    found = removed.by_service(RemovalReason.ABSENT)
     there = backends.known({n for absent in found.values() for n in absent}) if found else set()
     for number, absent in found.items():
         if lost := absent - there if number in services else absent:

@@ -169,7 +169,8 @@ class MapMigration:
                 return socket_layout.with_origin_ids(origin, BackendUse(service, backend), began)
             if use in removed or NOBODY in (service, backend):
                 return socket_layout.with_origin_ids(origin, NO_USE, 0)
-            return socket_layout.with_origin_ids(origin, BackendUse(service, backend), epochs[service])
+            # As with flows; programs compare the Service of the frontend for each datagram.
+            return socket_layout.with_origin_ids(origin, BackendUse(service, backend), epochs[service] - 1)
 
         there = {socket_layout.origin_identity(origin): origin for origin in _origins(source.maps)}
         # A socket that has no record in the old maps any more has been closed. A connected one that has

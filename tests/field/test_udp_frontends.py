@@ -39,10 +39,12 @@ class MovingFrontendsCluster(OutsideClientCluster):
                 self.outside.route(address, self.a)
         self.outside.route(BALANCER6, self.a)
 
-    def assign(self, kind: str, owner: str) -> None:
-        """Assigns the frontend to a Service. ``owner``: a, b, or none."""
+    def assign(self, kind: str, owner: str, *services: str) -> None:
+        """Assigns the frontend to a Service. ``owner``: a, b, or none. ``services``: those that are there."""
         documents = []
         for name, pod in (("a", self.w1), ("b", self.w2)):
+            if services and name not in services:
+                continue
             has = name == owner
             spec: dict[str, Any] = {"clusterIPs": list(OWN[name]), "ports": PORTS}
             if kind == "NodePort" and has:
@@ -138,12 +140,19 @@ def test_udp_flow_of_a_deleted_service_ends(cluster: MovingFrontendsCluster, fam
         until(lambda: sock.ask_at(host, port, 0.3) in ("nothing", "ECONNREFUSED", "EHOSTUNREACH"))
 
 
-@pytest.mark.parametrize("size", ["500", "1000"], ids=["same size", "other size"])
+@pytest.mark.parametrize(
+    ("size", "left"),
+    [("500", "ab"), ("1000", "ab"), ("1000", "b")],
+    ids=["same size", "other size", "other size, deleted"],
+)
 @pytest.mark.parametrize("family", [4, 6])
 def test_udp_follows_a_frontend_that_moved_while_no_agent_ran(
-    cluster: MovingFrontendsCluster, family: int, size: str
+    cluster: MovingFrontendsCluster, family: int, size: str, left: str
 ) -> None:
-    """Also to maps of another size, into which flows and records of sockets are copied."""
+    """Also to maps of another size, into which flows and records of sockets are copied.
+
+    ``left``: the Services that are there after that.
+    """
     host, port = cluster.frontend("externalIP", family)
     cluster.lab.agents[-1].stop()
     cluster.assign("externalIP", "a")
@@ -154,7 +163,7 @@ def test_udp_follows_a_frontend_that_moved_while_no_agent_ran(
         connected.connect(host, port)
         until(lambda: connected.ask(0.3) == "w1")
         cluster.lab.agents[-1].kill()
-        cluster.assign("externalIP", "b")
+        cluster.assign("externalIP", "b", *left)
         cluster.agent("--max-services", size).start()
         until(lambda: outside.ask_at(host, port, 0.3) == "w2", "datagrams do not go to Service b", AT_ONCE)
         until(lambda: connected.ask(0.3) == "w2", "datagrams of a socket do not go to Service b", AT_ONCE)

@@ -13,13 +13,17 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
-from ebpfproxy.datapath.abi.layout import PAIR, U32, pack_address, unpack_address
+from ebpfproxy.datapath.abi.layout import NOBODY, PAIR, U32, pack_address, unpack_address
 
 PEER = struct.Struct("=16s16sHHIII")
 ORIGIN = struct.Struct(f"=Q{PEER.size}sII")
 PEER_PLACES = 4
 PEERS = struct.Struct(f"={PEER_PLACES * PEER.size}sII")
 REDIRECT = struct.Struct("=16sHxxxxxxQ")
+
+#: The backend id of a connected datagram socket whose backend has none. NOBODY would not tell the protocol,
+#: which a record has by its backend only.
+DATAGRAM_NOBODY = NOBODY - 1
 
 # -- the first frontend of a socket
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from ebpfproxy.config.datapath import StaleTcp
 from ebpfproxy.datapath.abi import layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason
-from ebpfproxy.datapath.abi.layout import Scope
+from ebpfproxy.datapath.abi.layout import NOBODY, Scope
+from ebpfproxy.datapath.abi.socket_layout import DATAGRAM_NOBODY
 from ebpfproxy.datapath.flows.origin_table import OriginTable
 from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -47,9 +48,10 @@ def stale_sockets(
     """Cookies of the sockets that were translated to backends which their service has lost, by backend.
 
     Datagram sockets are among them whatever ``tcp`` says: they have no connection to lose, and would send to
-    nobody; so are those whose frontend is not their service's now. ``losers``: the ids of services that may
-    have lost one. ``is_current``: says if a backend is still removed; sockets may have chosen one that has
-    come back. ``rest`` is called between batches.
+    nobody; so are those whose frontend is not their service's now, or whose backend has no id: neither was
+    there any more when they were copied from maps of another size. ``losers``: the ids of services that may
+    have lost a frontend. ``is_current``: says if a backend is still removed; sockets may have chosen one that
+    has come back. ``rest`` is called between batches.
     """
     wanted = _with_sockets(maps, removed, tcp)
     found: _Sockets = {}
@@ -58,7 +60,12 @@ def stale_sockets(
     of_removed: dict[BackendUse, _Sockets] = {}
     of_losers: dict[_Frontend, _Sockets] = {}
     backends = maps.backends()
-    is_datagram = cache(lambda number: (each := backends.read(number)) and each[0].protocol is Protocol.UDP)
+
+    @cache
+    def is_datagram(number: int) -> bool:
+        known = backends.read(number)
+        return number == DATAGRAM_NOBODY or (known is not None and known[0].protocol is Protocol.UDP)
+
     for origins in OriginTable(maps).connected(rest):
         for place, use in enumerate(socket_layout.origin_uses(origins)):
             is_loser = losers is not None and use[0] in losers and is_datagram(use[1])
@@ -71,7 +78,8 @@ def stale_sockets(
             if use in wanted:
                 of_removed.setdefault(BackendUse(*use), {}).setdefault(backend, set()).add(cookie)
             if is_loser:
-                frontend = _Frontend(use[0], *socket_layout.origin_frontend(origin))
+                owner = NOBODY if use[1] == DATAGRAM_NOBODY else use[0]
+                frontend = _Frontend(owner, *socket_layout.origin_frontend(origin))
                 of_losers.setdefault(frontend, {}).setdefault(backend, set()).add(cookie)
     # Those that have been found chose before these questions.
     stale = [sockets for use, sockets in of_removed.items() if is_current(use, removed[use])]

@@ -37,13 +37,9 @@ def former_backends(pins: Path, maps: MapSet) -> Former:
 
 
 def _uses(old: MapSet, services: Collection[int]) -> Iterator[BackendUse]:
-    gone = set[BackendUse]()
     for key, value in old["departures"].items():
-        use, (why,) = unpack_departure(key), U32.unpack(value)
-        if why == RemovalReason.GONE:
-            gone.add(use)
-        elif why == RemovalReason.ABSENT:
-            yield use
+        if U32.unpack(value)[0] == RemovalReason.ABSENT:
+            yield unpack_departure(key)
     selections, selected = old.selections(), set[int]()
     for number in services:
         for used in selections.ranges(number):
@@ -53,8 +49,9 @@ def _uses(old: MapSet, services: Collection[int]) -> Iterator[BackendUse]:
     loads, records = old.loads(), old.backends()
     unsure = (n for n in records.ids() if n not in selected or records.state(n) != BackendState.ACTIVE)
     if any(loads[number].open_now > 0 for number in unsure):
-        # Those that are draining, for example, whether another service port selects them or not.
-        yield from set(uses(old)) - gone
+        # Those that are draining, for example, whether another service port selects them or not; and those
+        # that are gone, as an agent that was killed may not have ended what is open to them.
+        yield from set(uses(old))
 
 
 def with_former(ports: Iterable[ServicePort], former: Former) -> Iterator[ServicePort]:

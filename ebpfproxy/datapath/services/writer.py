@@ -78,7 +78,7 @@ class Writer:
         self._unsettled = self._backends.unsettled()
         self._placer = Placer(self._selections, self._backends, maglev_size)
         self._removed_backends = RemovedBackends(maps)
-        self._lost = LostFrontends(self._removed_backends, names, maps["service_names"].spec.max_entries)
+        self._lost = LostFrontends(self._removed_backends, names)
         self._frontends = Frontends(maps, self._lost.note)
         if maps.adopted:
             # Programs may be using what an agent that was killed had replaced, and they had cached.

@@ -13,6 +13,7 @@ import pytest
 
 from ebpfproxy.config.datapath import StaleTcp
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
+from ebpfproxy.datapath.abi.layout import Scope, pack_service_key
 from ebpfproxy.datapath.abi.socket_layout import with_origin_ids
 from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.flows.origins import stale_sockets
@@ -21,7 +22,7 @@ from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.services.former import former_backends, with_former
 from ebpfproxy.datapath.services.retirement import Retirement
 from ebpfproxy.datapath.services.writer import Writer
-from ebpfproxy.services.model import Backend, FrontendKind, Protocol, ServicePort
+from ebpfproxy.services.model import Backend, Family, FrontendKind, Protocol, ServicePort
 from tests.datapath.test_socket_records import COOKIE, Sockets, origin
 from tests.datapath.writing import KilledError, backend, port
 
@@ -100,7 +101,14 @@ class _Agent(Sockets):
     def stale(self, tcp: StaleTcp = StaleTcp.NEVER) -> set[int]:
         """The cookies of sockets that are found to have lost their frontend, or their backend."""
         removed, losers = self.writer.take_removed_backends(), self.writer.take_losers()
-        found = stale_sockets(self.maps, removed, tcp, losers, is_current=self.writer.is_current)
+        found = stale_sockets(
+            self.maps,
+            removed,
+            tcp,
+            losers,
+            is_current=self.writer.is_current,
+            has_frontend=self.writer.has_udp_frontend,
+        )
         return {cookie for cookies in found.values() for cookie in cookies}
 
 
@@ -141,6 +149,35 @@ def test_frontend_that_is_back_before_the_search_is_not_lost(pins: Path, stack: 
     agent.writer.apply(BEFORE)
     assert agent.stale() == set()
     agent.writer.apply(AFTER["moved"])
+    assert agent.stale() == {COOKIE}
+
+
+_FAMILIES: dict[Family, tuple[str, bytes, bytes]] = {
+    Family.IPV4: ("services4", bytes((203, 0, 113, 1)), bytes(4)),
+    Family.IPV6: ("services6", bytes.fromhex("20010db8011300000000000000000001"), bytes(16)),
+}
+
+
+@pytest.mark.parametrize("kind", [FrontendKind.EXTERNAL_IP, FrontendKind.NODE_PORT])
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_frontend_that_somebody_has_deleted_from_the_map_is_not_lost(
+    pins: Path, stack: ExitStack, family: Family, kind: FrontendKind
+) -> None:
+    """The agent puts it back. Meanwhile its Service loses another one."""
+    table, address, every = _FAMILIES[family]
+    key = every if kind is FrontendKind.NODE_PORT else address
+    a = BEFORE[0]
+    moving = a.frontends[-1]
+    frontend = moving._replace(kind=kind, address=key, port=30053)
+    before, after = (msgspec.structs.replace(a, frontends=each) for each in ((frontend, moving), (frontend,)))
+    agent = _Agent(pins, stack)
+    agent.writer.apply([before], complete=True)
+    assert agent.stale() == set()
+    agent.connect(address, 30053, COOKIE)
+    assert agent.maps[table].delete(pack_service_key(key, 30053, Protocol.UDP, Scope.INTERNAL))
+    agent.writer.apply([after])
+    assert agent.stale() == set()
+    agent.writer.apply([a])
     assert agent.stale() == {COOKIE}
 
 

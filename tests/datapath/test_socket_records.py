@@ -208,7 +208,9 @@ def test_sockets_whose_backend_has_come_back_are_not_stale(
         asked.append((use, removal))
         return is_removed
 
-    found = stale_sockets(sockets.maps, removed, StaleTcp.GONE, is_current=is_current)
+    found = stale_sockets(
+        sockets.maps, removed, StaleTcp.GONE, is_current=is_current, has_frontend=_never_asked
+    )
     assert asked == [*removed.items()]
     assert found == ({backend: {COOKIE}} if is_removed else {})
 
@@ -243,12 +245,24 @@ def test_sockets_whose_frontend_is_their_services_again_are_not_stale(
     assert sockets.programs.restore([origin(frontend, address)]) == 1
     stale = {} if owner == USE.service_id else {backend: {COOKIE}}
     for losers, found in (({USE.service_id}, stale), (range(16), stale), ({4}, {}), (None, {})):
-        asked = stale_sockets(sockets.maps, {}, StaleTcp.GONE, losers, is_current=_never_asked, rest=assign)
+        asked = stale_sockets(
+            sockets.maps,
+            {},
+            StaleTcp.GONE,
+            losers,
+            is_current=_never_asked,
+            has_frontend=_is_unknown,
+            rest=assign,
+        )
         assert asked == found
 
 
-def _never_asked(_use: BackendUse, _removal: Removal) -> bool:
-    raise AssertionError("no backend was removed")
+def _never_asked(*_: object) -> bool:
+    raise AssertionError("nothing was removed")
+
+
+def _is_unknown(_service_id: int, _address: bytes, _port: int) -> bool:
+    return False
 
 
 def test_tcp_sockets_stay_whoever_has_their_frontend(pins: Path, stack: ExitStack) -> None:
@@ -257,7 +271,10 @@ def test_tcp_sockets_stay_whoever_has_their_frontend(pins: Path, stack: ExitStac
     backend = Backend(BACKEND, 8053, Protocol.TCP)
     sockets.maps.backends().write(USE.backend_id, backend, BackendState.ACTIVE)
     assert sockets.programs.restore([origin(FRONTEND, BACKEND)]) == 1
-    assert stale_sockets(sockets.maps, {}, StaleTcp.GONE, range(16), is_current=_never_asked) == {}
+    found = stale_sockets(
+        sockets.maps, {}, StaleTcp.GONE, range(16), is_current=_never_asked, has_frontend=_is_unknown
+    )
+    assert found == {}
 
 
 def test_socket_that_has_lost_its_frontend_is_stale_though_its_backend_has_come_back(
@@ -270,6 +287,11 @@ def test_socket_that_has_lost_its_frontend_is_stale_though_its_backend_has_come_
     set_load(sockets.maps, USE.backend_id, sockets_opened=1)
     removed = {USE: Removal(RemovalReason.IDLE, 0)}
     found = stale_sockets(
-        sockets.maps, removed, StaleTcp.GONE, {USE.service_id}, is_current=lambda _use, _removal: False
+        sockets.maps,
+        removed,
+        StaleTcp.GONE,
+        {USE.service_id},
+        is_current=lambda _use, _removal: False,
+        has_frontend=_is_unknown,
     )
     assert found == {backend: {COOKIE}}

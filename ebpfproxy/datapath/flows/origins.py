@@ -43,6 +43,7 @@ def stale_sockets(
     losers: Container[int] | None = None,
     *,
     is_current: Callable[[BackendUse, Removal], bool],
+    has_frontend: Callable[[int, bytes, int], bool],
     rest: Callable[[], None] = lambda: None,
 ) -> dict[Backend, set[int]]:
     """Cookies of the sockets that were translated to backends which their service has lost, by backend.
@@ -51,7 +52,8 @@ def stale_sockets(
     nobody; so are those whose frontend is not their service's now, or whose backend has no id: neither was
     there any more when they were copied from maps of another size. ``losers``: the ids of services that may
     have lost a frontend. ``is_current``: says if a backend is still removed; sockets may have chosen one that
-    has come back. ``rest`` is called between batches.
+    has come back. ``has_frontend``: says if a service has a UDP frontend at an address and a port. ``rest``
+    is called between batches.
     """
     wanted = _with_sockets(maps, removed, tcp)
     found: _Sockets = {}
@@ -83,15 +85,20 @@ def stale_sockets(
                 of_losers.setdefault(frontend, {}).setdefault(backend, set()).add(cookie)
     # Those that have been found chose before these questions.
     stale = [sockets for use, sockets in of_removed.items() if is_current(use, removed[use])]
-    stale += [sockets for frontend, sockets in of_losers.items() if not _is_served(maps, frontend)]
+    stale += [
+        sockets
+        for frontend, sockets in of_losers.items()
+        # Somebody else may have deleted it from the map; a moment after it is there it is known, too.
+        if not has_frontend(*frontend) and not _is_stored(maps, frontend)
+    ]
     for sockets in stale:
         for backend, cookies in sockets.items():
             found.setdefault(backend, set()).update(cookies)
     return found
 
 
-def _is_served(maps: MapSet, frontend: _Frontend) -> bool:
-    """Says if the service has the UDP frontend. A NodePort's address is unspecified: any of the node's."""
+def _is_stored(maps: MapSet, frontend: _Frontend) -> bool:
+    """Says if the map has the UDP frontend of the service. A NodePort's address is unspecified."""
     service_id, address, port = frontend
     table = maps["services4" if len(address) == 4 else "services6"]
     keys = (

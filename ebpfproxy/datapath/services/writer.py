@@ -379,6 +379,10 @@ class Writer:
         """Ids of services that may have lost UDP frontends since the last call, whose sockets have to end."""
         return self._lost.take()
 
+    def has_udp_frontend(self, service_id: int, address: bytes, port: int) -> bool:
+        """Says if a service has one there, as it is published. Any thread may ask."""
+        return self._frontends.has_udp(service_id, address, port)
+
     @property
     def redirects(self) -> Redirects:
         """Connected datagram sockets whose backend is gone."""

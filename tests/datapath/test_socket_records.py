@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -224,19 +227,25 @@ _KINDS = {
 }
 
 
+@pytest.mark.parametrize("when", [1, 2], ids=["before", "after"])
 @pytest.mark.parametrize("owner", [USE.service_id, 4, None], ids=["back", "moved", "removed"])
 @pytest.mark.parametrize("kind", _KINDS)
 def test_sockets_whose_frontend_is_their_services_again_are_not_stale(
-    pins: Path, stack: ExitStack, kind: str, owner: int | None
+    pins: Path, stack: ExitStack, kind: str, owner: int | None, when: int
 ) -> None:
-    """A search is for services, and whether they have a frontend is read when it has found sockets."""
+    """A search is for services, and whether they have a frontend is read when it has found sockets.
+
+    It looks for frontends that are lost, then for their sockets; ``when``: at which of both it is back.
+    """
     frontend, address, key = _KINDS[kind]
     sockets = Sockets(pins, stack, 64)
+    table = "services4" if len(key) == 4 else "services6"
+    rests = itertools.count(1)
 
     def assign() -> None:
         """While sockets are searched for."""
-        if owner is not None:
-            sockets.maps["services4" if len(key) == 4 else "services6"].update(
+        if owner is not None and next(rests) == when:
+            sockets.maps[table].update(
                 pack_service_key(key, 53, Protocol.UDP, Scope.INTERNAL), pack_service(owner, 0, 0, 0, 0)
             )
 
@@ -245,6 +254,8 @@ def test_sockets_whose_frontend_is_their_services_again_are_not_stale(
     assert sockets.programs.restore([origin(frontend, address)]) == 1
     stale = {} if owner == USE.service_id else {backend: {COOKIE}}
     for losers, found in (({USE.service_id}, stale), (range(16), stale), ({4}, {}), (None, {})):
+        rests = itertools.count(1)
+        sockets.maps[table].delete_many(list(sockets.maps[table].keys()))
         asked = stale_sockets(
             sockets.maps,
             {},
@@ -255,6 +266,24 @@ def test_sockets_whose_frontend_is_their_services_again_are_not_stale(
             rest=assign,
         )
         assert asked == found
+
+
+def test_sockets_are_not_looked_at_one_by_one_where_no_frontend_is_lost(pins: Path, stack: ExitStack) -> None:
+    """A start asks for all services, while very many sockets may be open."""
+    sockets = Sockets(pins, stack, 64)
+    sockets.maps.backends().write(USE.backend_id, Backend(BACKEND, 8053, Protocol.UDP), BackendState.ACTIVE)
+    assert sockets.programs.restore(origin(FRONTEND, BACKEND, cookie=n) for n in range(1, 33)) == 32
+    asked: list[tuple[int, bytes, int]] = []
+
+    def has_frontend(*what: Any) -> bool:
+        asked.append(what)
+        return True
+
+    with patch.object(socket_layout, "origin_cookie", side_effect=_never_asked):
+        found = stale_sockets(
+            sockets.maps, {}, StaleTcp.GONE, range(16), is_current=_never_asked, has_frontend=has_frontend
+        )
+    assert (found, asked) == ({}, [(USE.service_id, FRONTEND, 53)])
 
 
 def _never_asked(*_: object) -> bool:

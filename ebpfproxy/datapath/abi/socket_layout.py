@@ -47,9 +47,17 @@ _ORIGIN_IDS = struct.Struct("=44xII12x")
 _ORIGIN_PEER = struct.Struct("=40xHxxII12x")
 
 
+_ORIGIN_FRONTEND = struct.Struct("=8x16s16x2sxxII12x")
+
+
 def origin_uses(origins: bytes) -> Iterator[tuple[int, int]]:
     """Service id and backend id of each of the packed origins; each pair equals a BackendUse."""
     return _ORIGIN_IDS.iter_unpack(origins)
+
+
+def origin_frontends(origins: bytes) -> Iterator[tuple[bytes, bytes, int, int]]:
+    """Address and port that sockets asked for, both as they are packed, with the same ids."""
+    return _ORIGIN_FRONTEND.iter_unpack(origins)
 
 
 def unconnected_uses(origins: bytes) -> Iterator[tuple[int, int]]:

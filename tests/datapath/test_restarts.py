@@ -9,6 +9,7 @@ import pytest
 
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason, unpack_departure
 from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.services import adopt
 from ebpfproxy.datapath.services.backends import Backends
@@ -68,7 +69,7 @@ class Agents:
         del self.writer
         self._bench.close_maps()
         self._bench.maps = maps.open_or_create(self._bench.pins, self._bench.capacity)
-        with patch.object(adopt, "uses", return_value=iter([use])):
+        with patch.object(adopt, "uses", return_value={use}):
             self._open(wait)
 
     def apply(self, *wanted: ServicePort) -> None:
@@ -108,7 +109,7 @@ def agents(bench: Bench) -> Iterator[Agents]:
     ("before", "elsewhere"),
     [
         *((state, "alone") for state in STATES if state != "deleted"),
-        ("absent", "ready elsewhere"),
+        *((state, "ready elsewhere") for state in STATES if state not in ("ready", "deleted")),
         ("absent", "unready elsewhere"),
         ("terminating", "terminating elsewhere"),
         *(("gone", elsewhere) for elsewhere in OTHERS),
@@ -148,19 +149,25 @@ def test_absent_endpoint_where_the_next_agent_waits_for_none(
 
 
 @pytest.mark.parametrize("after", ["absent", "unready", "ready"])
-def test_agent_that_is_killed_before_it_stores_that_an_endpoint_is_absent(agents: Agents, after: str) -> None:
-    expected = {
-        "absent": (RemovalReason.ABSENT, BackendState.QUARANTINED),
-        "unready": (RemovalReason.IDLE, BackendState.QUARANTINED),
-        "ready": (None, BackendState.ACTIVE),
-    }
+@pytest.mark.parametrize("elsewhere", ["alone", "ready elsewhere"])
+@pytest.mark.parametrize(
+    "killed_at", [(RemovedBackends, "note"), (Backends, "settle")], ids=["removal", "state"]
+)
+def test_agent_that_is_killed_before_it_stores_that_an_endpoint_is_absent(
+    agents: Agents, killed_at: tuple[type, str], elsewhere: str, after: str
+) -> None:
+    reasons = {"absent": RemovalReason.ABSENT, "unready": RemovalReason.IDLE, "ready": None}
+    others = OTHERS[elsewhere]
+    agents.begin(*others)
     number = agents.first
-    with patch.object(Backends, "settle", side_effect=KilledError), pytest.raises(KilledError):
-        agents.apply(*STATES["absent"])
+    with patch.object(*killed_at, side_effect=KilledError), pytest.raises(KilledError):
+        agents.apply(*STATES["absent"], *others)
     agents.restart()
-    agents.apply(*STATES[after])
-    reasons, states = agents.written
-    assert (reasons.get(number), states[number]) == expected[after]
+    agents.apply(*STATES[after], *others)
+    is_active = after == "ready" or others
+    state = BackendState.ACTIVE if is_active else BackendState.QUARANTINED
+    written, states = agents.written
+    assert (written.get(number), states[number]) == (reasons[after], state)
 
 
 def test_agent_that_is_killed_while_a_service_is_deleted_loses_no_removal(agents: Agents) -> None:

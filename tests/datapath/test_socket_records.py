@@ -15,7 +15,16 @@ import pytest
 
 from ebpfproxy.config.datapath import Capacity, StaleTcp
 from ebpfproxy.datapath.abi import socket_layout
-from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason
+from ebpfproxy.datapath.abi.flow_layout import (
+    BackendUse,
+    Flow,
+    Nat,
+    NatFlags,
+    RemovalReason,
+    Seen,
+    pack_flow,
+    pack_nat,
+)
 from ebpfproxy.datapath.abi.hooks import RECORDS
 from ebpfproxy.datapath.abi.layout import (
     U32,
@@ -26,7 +35,7 @@ from ebpfproxy.datapath.abi.layout import (
     pack_service,
     pack_service_key,
 )
-from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEER, OriginKind
+from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEER, OriginKind, with_origin_ids
 from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
 from ebpfproxy.datapath.flows.origins import stale_sockets
@@ -36,6 +45,7 @@ from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs import loader
+from ebpfproxy.datapath.services.adopt import uses
 from ebpfproxy.netlink import sock_diag
 from ebpfproxy.services.model import Backend, BackendState, Family, Protocol, ServicePortKey
 from tests.datapath.test_loading import OPTIONS
@@ -216,6 +226,22 @@ def test_sockets_whose_backend_has_come_back_are_not_stale(
     )
     assert asked == [*removed.items()]
     assert found == ({backend: {COOKIE}} if is_removed else {})
+
+
+def test_start_finds_what_flows_and_all_kinds_of_sockets_use(pins: Path, stack: ExitStack) -> None:
+    sockets = Sockets(pins, stack, 64)
+    kinds = [OriginKind.CONNECTED, *[OriginKind.UNCONNECTED] * 3]
+    used = [BackendUse(3, number) for number in range(6)]
+    for cookie, (kind, use) in enumerate(zip(kinds, used, strict=False)):
+        # All unconnected ones are the same socket, whose later records are in another map.
+        number = COOKIE + (0 if kind is OriginKind.UNCONNECTED else 64)
+        record = origin(bytes((10, 96, 0, cookie)), BACKEND, kind=kind, cookie=number)
+        assert sockets.programs.restore([with_origin_ids(record, use, 0)]) == 1
+    for port, use in enumerate(used[len(kinds) :]):
+        key = pack_flow(Flow(FRONTEND, BACKEND, port, 80, Protocol.UDP, False))
+        nat = Nat(FRONTEND, BACKEND, port, 80, *use, NatFlags(0), Seen(0), 1, 1)
+        sockets.maps["conntrack"].update(key, pack_nat(key, nat))
+    assert uses(sockets.maps) == set(used)
 
 
 _FRONTEND6, _BACKEND6 = (bytes.fromhex(f"fd0000100096{n:020x}") for n in (1, 2))

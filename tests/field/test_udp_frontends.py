@@ -169,6 +169,37 @@ def test_udp_follows_a_frontend_that_moved_while_no_agent_ran(
         until(lambda: connected.ask(0.3) == "w2", "datagrams of a socket do not go to Service b", AT_ONCE)
 
 
+@pytest.mark.parametrize("family", [4, 6])
+def test_unconnected_socket_leaves_an_endpoint_that_became_unready_while_no_agent_ran(
+    cluster: MovingFrontendsCluster, family: int
+) -> None:
+    """The next agent's maps have another size."""
+
+    def write(ready: str) -> None:
+        pods = (cluster.w1, cluster.w2)
+        slices = [
+            manifests.slice_of(
+                "a",
+                [manifests.endpoint(ip, pod.node.name, ready=pod.name == ready) for pod, ip in each],
+                ports=SLICE_PORTS,
+            )
+            for each in ([(pod, pod.address) for pod in pods], [(pod, pod.address6) for pod in pods])
+        ]
+        service = manifests.service("a", clusterIPs=list(OWN["a"]), ports=PORTS)
+        manifests.write(cluster.manifests / "moving.yaml", service, *slices)
+
+    host = OWN["a"][family == 6]
+    cluster.lab.agents[-1].stop()
+    write("w1")
+    cluster.agent("--max-services", "500").start()
+    with Remote(cluster.client, host) as sock:
+        until(lambda: sock.ask_at(host, PORT, 0.3) == "w1")
+        cluster.lab.agents[-1].kill()
+        write("w2")
+        cluster.agent("--max-services", "1000").start()
+        until(lambda: sock.ask_at(host, PORT, 0.3) == "w2", "datagrams do not go to w2", AT_ONCE)
+
+
 @pytest.mark.parametrize("kind", ["externalIP", "NodePort"])
 def test_tcp_connection_keeps_the_service_that_it_was_opened_with(
     cluster: MovingFrontendsCluster, kind: str

@@ -155,6 +155,7 @@ class Housekeeping:
                 removed,
                 tcp,
                 is_current=self._writer.is_current,
+                has_frontend=self._writer.has_udp_frontend,
                 losers=losers,
                 redirect=self._redirect,
                 reports=reports,

@@ -244,7 +244,6 @@ class Agent:
             maglev_size=options.maglev_size,
             absence=options.stale_tcp_seconds,
             source_towards=Routes().source_towards,
-            measures=options.measure_connections or options.measure_traffic,
         )
         background = self._messages.run
         self._housekeeping = Housekeeping(

@@ -55,15 +55,17 @@ def end_stale_sockets(
     tcp: StaleTcp,
     *,
     is_current: Callable[[BackendUse, Removal], bool],
+    has_frontend: Callable[[int, bytes, int], bool],
     losers: Container[int] | None,
     redirect: Callable[[dict[bytes, bytes]], None],
     reports: DecisionReports | None = None,
 ) -> Ended:
     """Redirects or closes them. It takes some time, and should run in a thread of its own.
 
-    ``is_current``: says if a backend is still removed. ``losers``: services that may have lost frontends to
-    another, or to nobody, whose backends may be well. ``redirect`` gets keys and values for
-    ``sock_redirects``, and ``reports`` the sockets that are closed.
+    ``is_current``: says if a backend is still removed. ``has_frontend``: says if a service has a UDP frontend
+    at an address and a port. ``losers``: services that may have lost frontends to another, or to nobody,
+    whose backends may be well. ``redirect`` gets keys and values for ``sock_redirects``, and ``reports`` the
+    sockets that are closed.
     """
     # After this, a connect() that chose before the change has stored its choice.
     grace.wait()
@@ -72,7 +74,15 @@ def end_stale_sockets(
     unseen = redirected = 0
     for pause in _PAUSES:
         time.sleep(pause)
-        found = stale_sockets(maps, removed, tcp, losers, is_current=is_current, rest=lambda: time.sleep(0))
+        found = stale_sockets(
+            maps,
+            removed,
+            tcp,
+            losers,
+            is_current=is_current,
+            has_frontend=has_frontend,
+            rest=lambda: time.sleep(0),
+        )
         stale = {Peer(each.address, each.port, each.protocol): cookies for each, cookies in found.items()}
         if left := _without(handled, stale):
             if made := _redirects(maps, left):

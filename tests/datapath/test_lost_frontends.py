@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,15 +13,18 @@ import pytest
 
 from ebpfproxy.config.datapath import StaleTcp
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
+from ebpfproxy.datapath.abi.layout import Scope, pack_service_key
 from ebpfproxy.datapath.abi.socket_layout import with_origin_ids
+from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.flows.origins import stale_sockets
 from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
 from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.services.former import former_backends, with_former
 from ebpfproxy.datapath.services.retirement import Retirement
 from ebpfproxy.datapath.services.writer import Writer
-from ebpfproxy.services.model import Backend, FrontendKind, Protocol, ServicePort
+from ebpfproxy.services.model import Backend, Family, FrontendKind, Protocol, ServicePort
 from tests.datapath.test_socket_records import COOKIE, Sockets, origin
-from tests.datapath.writing import KilledError, port
+from tests.datapath.writing import KilledError, backend, port
 
 pytestmark = pytest.mark.root
 
@@ -62,8 +66,8 @@ KILLED_AT = {
 
 
 class _Agent(Sockets):
-    def __init__(self, pins: Path, stack: ExitStack) -> None:
-        super().__init__(pins, stack, 64)
+    def __init__(self, pins: Path, stack: ExitStack, slots: int = 64) -> None:
+        super().__init__(pins, stack, slots)
         grace = Grace()
         stack.callback(grace.close)
         self.writer = Writer(self.maps, grace.wait)
@@ -77,15 +81,33 @@ class _Agent(Sockets):
         assert found is not None
         return found[0]
 
-    def connect(self, frontend: bytes, port_number: int, cookie: int) -> None:
-        """Records a connected socket of Service a."""
-        record = origin(frontend, self.backend(0).address, port=port_number, cookie=cookie)
-        assert self.programs.restore([with_origin_ids(record, BackendUse(0, 0), 0)]) == 1
+    def connect(self, frontend: bytes, port_number: int, cookie: int, number: int = 0) -> None:
+        """Records a socket of Service a that is connected to the backend with this number."""
+        record = origin(frontend, self.backend(number).address, port=port_number, cookie=cookie)
+        assert self.programs.restore([with_origin_ids(record, BackendUse(0, number), 0)]) == 1
 
-    def stale(self) -> set[int]:
-        """The cookies of sockets that are found to have lost their frontend."""
+    def start(self, pins: Path, stack: ExitStack, wanted: list[ServicePort]) -> None:
+        """Programs all, and copies what maps of other sizes have, which then go."""
+        if former := former_backends(pins, self.maps):
+            self.writer.apply(list(with_former(wanted, former)))
+        self.writer.apply(wanted, complete=True)
+        migration = MapMigration(pins, self.maps, self.programs)
+        stack.callback(migration.close)
+        migration.copy()
+        for other in pins.iterdir():
+            if other != self.maps.folder:
+                shutil.rmtree(other)
+
+    def stale(self, tcp: StaleTcp = StaleTcp.NEVER) -> set[int]:
+        """The cookies of sockets that are found to have lost their frontend, or their backend."""
+        removed, losers = self.writer.take_removed_backends(), self.writer.take_losers()
         found = stale_sockets(
-            self.maps, {}, StaleTcp.NEVER, self.writer.take_losers(), is_current=lambda _use, _removal: True
+            self.maps,
+            removed,
+            tcp,
+            losers,
+            is_current=self.writer.is_current,
+            has_frontend=self.writer.has_udp_frontend,
         )
         return {cookie for cookies in found.values() for cookie in cookies}
 
@@ -128,3 +150,72 @@ def test_frontend_that_is_back_before_the_search_is_not_lost(pins: Path, stack: 
     assert agent.stale() == set()
     agent.writer.apply(AFTER["moved"])
     assert agent.stale() == {COOKIE}
+
+
+_FAMILIES: dict[Family, tuple[str, bytes, bytes]] = {
+    Family.IPV4: ("services4", bytes((203, 0, 113, 1)), bytes(4)),
+    Family.IPV6: ("services6", bytes.fromhex("20010db8011300000000000000000001"), bytes(16)),
+}
+
+
+@pytest.mark.parametrize("kind", [FrontendKind.EXTERNAL_IP, FrontendKind.NODE_PORT])
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_frontend_that_somebody_has_deleted_from_the_map_is_not_lost(
+    pins: Path, stack: ExitStack, family: Family, kind: FrontendKind
+) -> None:
+    """The agent puts it back. Meanwhile its Service loses another one."""
+    table, address, every = _FAMILIES[family]
+    key = every if kind is FrontendKind.NODE_PORT else address
+    a = BEFORE[0]
+    moving = a.frontends[-1]
+    frontend = moving._replace(kind=kind, address=key, port=30053)
+    before, after = (msgspec.structs.replace(a, frontends=each) for each in ((frontend, moving), (frontend,)))
+    agent = _Agent(pins, stack)
+    agent.writer.apply([before], complete=True)
+    assert agent.stale() == set()
+    agent.connect(address, 30053, COOKIE)
+    assert agent.maps[table].delete(pack_service_key(key, 30053, Protocol.UDP, Scope.INTERNAL))
+    agent.writer.apply([after])
+    assert agent.stale() == set()
+    agent.writer.apply([a])
+    assert agent.stale() == {COOKIE}
+
+
+@pytest.mark.parametrize("has_moved", [False, True], ids=["deleted", "moved"])
+@pytest.mark.parametrize("slots", [64, 128], ids=["same size", "other size"])
+def test_sockets_of_a_service_that_was_deleted_while_no_agent_ran(
+    pins: Path, stack: ExitStack, slots: int, has_moved: bool
+) -> None:
+    """Datagrams leave it, also if the search is an agent's that has found everything copied. TCP stays."""
+    tcp = port("t", [3])
+    agent = _Agent(pins, stack)
+    agent.start(pins, stack, [BEFORE[0], BEFORE[1], tcp])
+    agent.connect(MOVING, 53, COOKIE)
+    ids = agent.writer.names().items()
+    service = next(number for number, key in ids if key == tcp.key)
+    number = next(n for n in agent.maps.backends().ids() if agent.backend(n) == tcp.cluster[0])
+    record = origin(OWN, agent.backend(number).address, cookie=COOKIE + 1)
+    assert agent.programs.restore([with_origin_ids(record, BackendUse(service, number), 7)]) == 1
+    for each in (slots, slots, 2 * slots):
+        successor = _Agent(pins, stack, each)
+        successor.start(pins, stack, [_udp("b", has=has_moved)])
+        assert successor.stale(StaleTcp.GONE) == {COOKIE}
+
+
+@pytest.mark.parametrize("protocol", [Protocol.UDP, Protocol.TCP])
+@pytest.mark.parametrize("slots", [64, 128], ids=["same size", "other size"])
+def test_sockets_of_a_backend_that_was_removed_right_before_a_kill(
+    pins: Path, stack: ExitStack, slots: int, protocol: Protocol
+) -> None:
+    """Nothing has searched for them."""
+    made = _udp("a", has=True) if protocol is Protocol.UDP else port("a", [1])
+    gone = msgspec.structs.replace(backend(7), protocol=protocol)
+    agent = _Agent(pins, stack)
+    agent.start(pins, stack, [msgspec.structs.replace(made, cluster=(*made.cluster, gone))])
+    assert agent.stale() == set()
+    number = next(n for n in agent.maps.backends().ids() if agent.backend(n) == gone)
+    agent.connect(OWN, 80, COOKIE, number)
+    agent.writer.apply([made])
+    successor = _Agent(pins, stack, slots)
+    successor.start(pins, stack, [made])
+    assert successor.stale(StaleTcp.GONE) == {COOKIE}

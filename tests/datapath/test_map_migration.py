@@ -25,6 +25,7 @@ from ebpfproxy.datapath.abi.flow_layout import (
     Seen,
 )
 from ebpfproxy.datapath.abi.layout import U32, pack_name
+from ebpfproxy.datapath.abi.socket_layout import OriginKind, origin_frontend, origin_use, with_origin_ids
 from ebpfproxy.datapath.flows import map_migration
 from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.kernel.grace import Grace
@@ -32,7 +33,7 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.former import former_backends, with_former
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import Backend, BackendState, Family, Protocol, ServicePortKey
-from tests.datapath.test_socket_records import Sockets
+from tests.datapath.test_socket_records import Sockets, origin
 from tests.datapath.writing import backend, port, set_load
 
 pytestmark = pytest.mark.root
@@ -336,6 +337,34 @@ def test_backends_that_left_while_no_agent_ran_leave_in_maps_of_other_sizes_as_i
     new.writer.end_absences()
     gone = RemovalReason.GONE
     assert new.departures() == {uses[2]: idle, uses[3]: gone, uses[4]: gone, uses[5]: idle}
+
+
+def test_unconnected_sockets_leave_an_endpoint_that_became_unready_while_no_agent_ran(
+    pins: Path, stack: ExitStack
+) -> None:
+    """Of all frontends that a socket sends to: programs look for the removal where the epoch is another."""
+    old, new = _Sized(pins, stack, 64), _Sized(pins, stack, 128)
+    old.writer.apply([port("a", [1, 2])], complete=True)
+    use = BackendUse(0, old.id_of(1))
+    epoch = old.maps.shared("epochs").words()[use.service_id]
+    frontends = [bytes((10, 96, 0, n)) for n in range(3)]
+    for frontend in frontends:
+        record = origin(frontend, backend(1).address, kind=OriginKind.UNCONNECTED)
+        assert old.programs.restore([with_origin_ids(record, use, epoch)]) == 1
+    wanted = [port("a", [2], idle=[1])]
+    new.writer.apply(list(with_former(wanted, former_backends(pins, new.maps))))
+    new.writer.apply(wanted, complete=True)
+    migration = MapMigration(pins, new.maps, new.programs)
+    stack.callback(migration.close)
+    migration.copy()
+
+    use = BackendUse(0, new.id_of(1))
+    assert new.departures() == {use: RemovalReason.IDLE}
+    copied = list(map_migration._origins(new.maps))
+    assert sorted(origin_frontend(each)[0] for each in copied) == frontends
+    epoch = new.maps.shared("epochs").words()[use.service_id]
+    assert all(origin_use(each) == use for each in copied)
+    assert not any(with_origin_ids(each, use, epoch) == each for each in copied), "they ask"
 
 
 def test_maps_of_no_other_size_have_no_former_backends(pins: Path, stack: ExitStack) -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason, unpack_departure
 from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.services import adopt
 from ebpfproxy.datapath.services.backends import Backends
+from ebpfproxy.datapath.services.publish import Publisher
 from ebpfproxy.datapath.services.retirement import Retirement
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import BackendState, ServicePort
@@ -67,7 +69,7 @@ class Agents:
         del self.writer
         self._bench.close_maps()
         self._bench.maps = maps.open_or_create(self._bench.pins, self._bench.capacity)
-        with patch.object(adopt, "uses", return_value=iter([use])):
+        with patch.object(adopt, "uses", return_value={use}):
             self._open(wait)
 
     def apply(self, *wanted: ServicePort) -> None:
@@ -107,19 +109,23 @@ def agents(bench: Bench) -> Iterator[Agents]:
     ("before", "elsewhere"),
     [
         *((state, "alone") for state in STATES if state != "deleted"),
-        ("absent", "ready elsewhere"),
+        *((state, "ready elsewhere") for state in STATES if state not in ("ready", "deleted")),
         ("absent", "unready elsewhere"),
         ("terminating", "terminating elsewhere"),
+        *(("gone", elsewhere) for elsewhere in OTHERS),
     ],
 )
 @pytest.mark.parametrize("after", STATES)
 def test_start_after_a_change_writes_what_a_running_agent_writes(
     agents: Agents, before: str, after: str, elsewhere: str
 ) -> None:
+    """``gone``: it was absent for so long that nobody waits for it any more."""
     others, found = OTHERS[elsewhere], []
     for is_restarted in (False, True):
         agents.begin(*others)
-        agents.apply(*STATES[before], *others)
+        agents.apply(*STATES["absent" if before == "gone" else before], *others)
+        if before == "gone":
+            agents.pass_time()
         if is_restarted:
             agents.restart()
         agents.apply(*STATES[after], *others)
@@ -143,19 +149,25 @@ def test_absent_endpoint_where_the_next_agent_waits_for_none(
 
 
 @pytest.mark.parametrize("after", ["absent", "unready", "ready"])
-def test_agent_that_is_killed_before_it_stores_that_an_endpoint_is_absent(agents: Agents, after: str) -> None:
-    expected = {
-        "absent": (RemovalReason.ABSENT, BackendState.QUARANTINED),
-        "unready": (RemovalReason.IDLE, BackendState.QUARANTINED),
-        "ready": (None, BackendState.ACTIVE),
-    }
+@pytest.mark.parametrize("elsewhere", ["alone", "ready elsewhere"])
+@pytest.mark.parametrize(
+    "killed_at", [(RemovedBackends, "note"), (Backends, "settle")], ids=["removal", "state"]
+)
+def test_agent_that_is_killed_before_it_stores_that_an_endpoint_is_absent(
+    agents: Agents, killed_at: tuple[type, str], elsewhere: str, after: str
+) -> None:
+    reasons = {"absent": RemovalReason.ABSENT, "unready": RemovalReason.IDLE, "ready": None}
+    others = OTHERS[elsewhere]
+    agents.begin(*others)
     number = agents.first
-    with patch.object(Backends, "settle", side_effect=KilledError), pytest.raises(KilledError):
-        agents.apply(*STATES["absent"])
+    with patch.object(*killed_at, side_effect=KilledError), pytest.raises(KilledError):
+        agents.apply(*STATES["absent"], *others)
     agents.restart()
-    agents.apply(*STATES[after])
-    reasons, states = agents.written
-    assert (reasons.get(number), states[number]) == expected[after]
+    agents.apply(*STATES[after], *others)
+    is_active = after == "ready" or others
+    state = BackendState.ACTIVE if is_active else BackendState.QUARANTINED
+    written, states = agents.written
+    assert (written.get(number), states[number]) == (reasons[after], state)
 
 
 def test_agent_that_is_killed_while_a_service_is_deleted_loses_no_removal(agents: Agents) -> None:
@@ -166,3 +178,19 @@ def test_agent_that_is_killed_while_a_service_is_deleted_loses_no_removal(agents
     agents.restart()
     agents.apply()
     assert agents.reasons == dict.fromkeys(ids, RemovalReason.IDLE)
+
+
+def test_endpoint_that_was_absent_stays_gone_though_the_agent_is_killed_before_its_service_is_nameless(
+    agents: Agents,
+) -> None:
+    """Its connections are closed, while those to the Service's other endpoint go on."""
+    others = OTHERS["terminating elsewhere"]
+    agents.begin(*others)
+    agents.apply(*STATES["absent"], *others)
+    with patch.object(Publisher, "_forget_name", side_effect=KilledError), pytest.raises(KilledError):
+        agents.apply(*others)
+    written = agents.reasons
+    assert written[agents.first] == RemovalReason.GONE
+    agents.restart()
+    agents.apply(*others)
+    assert agents.reasons == written

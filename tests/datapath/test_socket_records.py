@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from ebpfproxy.config.datapath import Capacity, StaleTcp
 from ebpfproxy.datapath.abi import socket_layout
-from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason
+from ebpfproxy.datapath.abi.flow_layout import (
+    BackendUse,
+    Flow,
+    Nat,
+    NatFlags,
+    RemovalReason,
+    Seen,
+    pack_flow,
+    pack_nat,
+)
 from ebpfproxy.datapath.abi.hooks import RECORDS
 from ebpfproxy.datapath.abi.layout import (
     U32,
@@ -23,7 +35,7 @@ from ebpfproxy.datapath.abi.layout import (
     pack_service,
     pack_service_key,
 )
-from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEER, OriginKind
+from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEER, OriginKind, with_origin_ids
 from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
 from ebpfproxy.datapath.flows.origins import stale_sockets
@@ -33,6 +45,7 @@ from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs import loader
+from ebpfproxy.datapath.services.adopt import uses
 from ebpfproxy.netlink import sock_diag
 from ebpfproxy.services.model import Backend, BackendState, Family, Protocol, ServicePortKey
 from tests.datapath.test_loading import OPTIONS
@@ -208,9 +221,27 @@ def test_sockets_whose_backend_has_come_back_are_not_stale(
         asked.append((use, removal))
         return is_removed
 
-    found = stale_sockets(sockets.maps, removed, StaleTcp.GONE, is_current=is_current)
+    found = stale_sockets(
+        sockets.maps, removed, StaleTcp.GONE, is_current=is_current, has_frontend=_never_asked
+    )
     assert asked == [*removed.items()]
     assert found == ({backend: {COOKIE}} if is_removed else {})
+
+
+def test_start_finds_what_flows_and_all_kinds_of_sockets_use(pins: Path, stack: ExitStack) -> None:
+    sockets = Sockets(pins, stack, 64)
+    kinds = [OriginKind.CONNECTED, *[OriginKind.UNCONNECTED] * 3]
+    used = [BackendUse(3, number) for number in range(6)]
+    for cookie, (kind, use) in enumerate(zip(kinds, used, strict=False)):
+        # All unconnected ones are the same socket, whose later records are in another map.
+        number = COOKIE + (0 if kind is OriginKind.UNCONNECTED else 64)
+        record = origin(bytes((10, 96, 0, cookie)), BACKEND, kind=kind, cookie=number)
+        assert sockets.programs.restore([with_origin_ids(record, use, 0)]) == 1
+    for port, use in enumerate(used[len(kinds) :]):
+        key = pack_flow(Flow(FRONTEND, BACKEND, port, 80, Protocol.UDP, False))
+        nat = Nat(FRONTEND, BACKEND, port, 80, *use, NatFlags(0), Seen(0), 1, 1)
+        sockets.maps["conntrack"].update(key, pack_nat(key, nat))
+    assert uses(sockets.maps) == set(used)
 
 
 _FRONTEND6, _BACKEND6 = (bytes.fromhex(f"fd0000100096{n:020x}") for n in (1, 2))
@@ -222,19 +253,25 @@ _KINDS = {
 }
 
 
+@pytest.mark.parametrize("when", [1, 2], ids=["before", "after"])
 @pytest.mark.parametrize("owner", [USE.service_id, 4, None], ids=["back", "moved", "removed"])
 @pytest.mark.parametrize("kind", _KINDS)
 def test_sockets_whose_frontend_is_their_services_again_are_not_stale(
-    pins: Path, stack: ExitStack, kind: str, owner: int | None
+    pins: Path, stack: ExitStack, kind: str, owner: int | None, when: int
 ) -> None:
-    """A search is for services, and whether they have a frontend is read when it has found sockets."""
+    """A search is for services, and whether they have a frontend is read when it has found sockets.
+
+    It looks for frontends that are lost, then for their sockets; ``when``: at which of both it is back.
+    """
     frontend, address, key = _KINDS[kind]
     sockets = Sockets(pins, stack, 64)
+    table = "services4" if len(key) == 4 else "services6"
+    rests = itertools.count(1)
 
     def assign() -> None:
         """While sockets are searched for."""
-        if owner is not None:
-            sockets.maps["services4" if len(key) == 4 else "services6"].update(
+        if owner is not None and next(rests) == when:
+            sockets.maps[table].update(
                 pack_service_key(key, 53, Protocol.UDP, Scope.INTERNAL), pack_service(owner, 0, 0, 0, 0)
             )
 
@@ -243,12 +280,44 @@ def test_sockets_whose_frontend_is_their_services_again_are_not_stale(
     assert sockets.programs.restore([origin(frontend, address)]) == 1
     stale = {} if owner == USE.service_id else {backend: {COOKIE}}
     for losers, found in (({USE.service_id}, stale), (range(16), stale), ({4}, {}), (None, {})):
-        asked = stale_sockets(sockets.maps, {}, StaleTcp.GONE, losers, is_current=_never_asked, rest=assign)
+        rests = itertools.count(1)
+        sockets.maps[table].delete_many(list(sockets.maps[table].keys()))
+        asked = stale_sockets(
+            sockets.maps,
+            {},
+            StaleTcp.GONE,
+            losers,
+            is_current=_never_asked,
+            has_frontend=_is_unknown,
+            rest=assign,
+        )
         assert asked == found
 
 
-def _never_asked(_use: BackendUse, _removal: Removal) -> bool:
-    raise AssertionError("no backend was removed")
+def test_sockets_are_not_looked_at_one_by_one_where_no_frontend_is_lost(pins: Path, stack: ExitStack) -> None:
+    """A start asks for all services, while very many sockets may be open."""
+    sockets = Sockets(pins, stack, 64)
+    sockets.maps.backends().write(USE.backend_id, Backend(BACKEND, 8053, Protocol.UDP), BackendState.ACTIVE)
+    assert sockets.programs.restore(origin(FRONTEND, BACKEND, cookie=n) for n in range(1, 33)) == 32
+    asked: list[tuple[int, bytes, int]] = []
+
+    def has_frontend(*what: Any) -> bool:
+        asked.append(what)
+        return True
+
+    with patch.object(socket_layout, "origin_cookie", side_effect=_never_asked):
+        found = stale_sockets(
+            sockets.maps, {}, StaleTcp.GONE, range(16), is_current=_never_asked, has_frontend=has_frontend
+        )
+    assert (found, asked) == ({}, [(USE.service_id, FRONTEND, 53)])
+
+
+def _never_asked(*_: object) -> bool:
+    raise AssertionError("nothing was removed")
+
+
+def _is_unknown(_service_id: int, _address: bytes, _port: int) -> bool:
+    return False
 
 
 def test_tcp_sockets_stay_whoever_has_their_frontend(pins: Path, stack: ExitStack) -> None:
@@ -257,7 +326,10 @@ def test_tcp_sockets_stay_whoever_has_their_frontend(pins: Path, stack: ExitStac
     backend = Backend(BACKEND, 8053, Protocol.TCP)
     sockets.maps.backends().write(USE.backend_id, backend, BackendState.ACTIVE)
     assert sockets.programs.restore([origin(FRONTEND, BACKEND)]) == 1
-    assert stale_sockets(sockets.maps, {}, StaleTcp.GONE, range(16), is_current=_never_asked) == {}
+    found = stale_sockets(
+        sockets.maps, {}, StaleTcp.GONE, range(16), is_current=_never_asked, has_frontend=_is_unknown
+    )
+    assert found == {}
 
 
 def test_socket_that_has_lost_its_frontend_is_stale_though_its_backend_has_come_back(
@@ -270,6 +342,11 @@ def test_socket_that_has_lost_its_frontend_is_stale_though_its_backend_has_come_
     set_load(sockets.maps, USE.backend_id, sockets_opened=1)
     removed = {USE: Removal(RemovalReason.IDLE, 0)}
     found = stale_sockets(
-        sockets.maps, removed, StaleTcp.GONE, {USE.service_id}, is_current=lambda _use, _removal: False
+        sockets.maps,
+        removed,
+        StaleTcp.GONE,
+        {USE.service_id},
+        is_current=lambda _use, _removal: False,
+        has_frontend=_is_unknown,
     )
     assert found == {backend: {COOKIE}}

@@ -202,7 +202,7 @@ def test_backend_that_was_about_to_come_back_is_removed_once_more(bench: Bench) 
     with patch.object(SelectionTable, "select", side_effect=KilledError), pytest.raises(KilledError):
         writer.apply([port("a", [1, 2])])
     assert not bench.maps["departures"].keys()
-    with patch.object(adopt, "uses", return_value=iter([BackendUse(0, number)])):
+    with patch.object(adopt, "uses", return_value={BackendUse(0, number)}):
         writer = bench.reopen()
     writer.apply([port("a", [2], idle=[1])], complete=True)
     assert [*map(unpack_departure, bench.maps["departures"].keys())] == [(0, number)]

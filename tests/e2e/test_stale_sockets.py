@@ -18,6 +18,7 @@ from tests.lab.waiting import until
 pytestmark = pytest.mark.root
 
 SERVICE, SERVICE6, OTHER = "10.96.5.1", "fd00:10:96:5::1", "10.96.5.2"
+LATE = "10.96.5.8"
 SILENT = "10.244.2.77"
 PORTS = [{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "http", "port": 80, "protocol": "TCP"}]
 SLICE_PORTS = [
@@ -190,6 +191,42 @@ def test_sockets_of_an_endpoint_that_is_unready_when_the_next_agent_starts(
     holder.watch(len(wanted))
     assert ended(holder) == wanted
     holder.close()
+
+
+def test_connection_that_outlives_its_service_is_no_later_ones(
+    cluster: SharedBackendCluster, agent: Callable[..., Agent]
+) -> None:
+    """The later Service would get the id of the former, and its connections would end with its endpoint."""
+
+    def write(name: str, *addresses: str) -> None:
+        endpoints = [manifests.endpoint(address, "node-a") for address in addresses]
+        manifests.write(
+            cluster.folder / f"{name}.yaml",
+            manifests.service(name, clusterIPs=[LATE], ports=PORTS),
+            manifests.slice_of(name, endpoints, ports=SLICE_PORTS),
+        )
+        until(lambda: _is_served(cluster, name) is bool(addresses))
+
+    first = agent()
+    write("former", cluster.web.address)
+    holder = Holder(cluster.client, [("late", "tcp", LATE, 80, 1)])
+    holder.wait()
+    (cluster.folder / "former.yaml").unlink()
+    until(lambda: not _is_served(cluster, "former"))
+    first.kill()
+    agent()
+    write("later", cluster.web.address)
+    write("later")
+    holder.watch()
+    assert ended(holder) == set()
+    holder.close()
+    (cluster.folder / "later.yaml").unlink()
+
+
+def _is_served(cluster: SharedBackendCluster, name: str) -> bool:
+    """Says if a Service has an endpoint."""
+    rows = json.loads(cluster.node.cli("service", "list", "-o", "json"))
+    return any(row["backends"] for row in rows if row["name"] == name)
 
 
 def test_backend_id_is_not_reused_while_connections_are_open(

@@ -39,10 +39,12 @@ class MovingFrontendsCluster(OutsideClientCluster):
                 self.outside.route(address, self.a)
         self.outside.route(BALANCER6, self.a)
 
-    def assign(self, kind: str, owner: str) -> None:
-        """Assigns the frontend to a Service. ``owner``: a, b, or none."""
+    def assign(self, kind: str, owner: str, *services: str) -> None:
+        """Assigns the frontend to a Service. ``owner``: a, b, or none. ``services``: those that are there."""
         documents = []
         for name, pod in (("a", self.w1), ("b", self.w2)):
+            if services and name not in services:
+                continue
             has = name == owner
             spec: dict[str, Any] = {"clusterIPs": list(OWN[name]), "ports": PORTS}
             if kind == "NodePort" and has:
@@ -138,12 +140,19 @@ def test_udp_flow_of_a_deleted_service_ends(cluster: MovingFrontendsCluster, fam
         until(lambda: sock.ask_at(host, port, 0.3) in ("nothing", "ECONNREFUSED", "EHOSTUNREACH"))
 
 
-@pytest.mark.parametrize("size", ["500", "1000"], ids=["same size", "other size"])
+@pytest.mark.parametrize(
+    ("size", "left"),
+    [("500", "ab"), ("1000", "ab"), ("1000", "b")],
+    ids=["same size", "other size", "other size, deleted"],
+)
 @pytest.mark.parametrize("family", [4, 6])
 def test_udp_follows_a_frontend_that_moved_while_no_agent_ran(
-    cluster: MovingFrontendsCluster, family: int, size: str
+    cluster: MovingFrontendsCluster, family: int, size: str, left: str
 ) -> None:
-    """Also to maps of another size, into which flows and records of sockets are copied."""
+    """Also to maps of another size, into which flows and records of sockets are copied.
+
+    ``left``: the Services that are there after that.
+    """
     host, port = cluster.frontend("externalIP", family)
     cluster.lab.agents[-1].stop()
     cluster.assign("externalIP", "a")
@@ -154,10 +163,41 @@ def test_udp_follows_a_frontend_that_moved_while_no_agent_ran(
         connected.connect(host, port)
         until(lambda: connected.ask(0.3) == "w1")
         cluster.lab.agents[-1].kill()
-        cluster.assign("externalIP", "b")
+        cluster.assign("externalIP", "b", *left)
         cluster.agent("--max-services", size).start()
         until(lambda: outside.ask_at(host, port, 0.3) == "w2", "datagrams do not go to Service b", AT_ONCE)
         until(lambda: connected.ask(0.3) == "w2", "datagrams of a socket do not go to Service b", AT_ONCE)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_unconnected_socket_leaves_an_endpoint_that_became_unready_while_no_agent_ran(
+    cluster: MovingFrontendsCluster, family: int
+) -> None:
+    """The next agent's maps have another size."""
+
+    def write(ready: str) -> None:
+        pods = (cluster.w1, cluster.w2)
+        slices = [
+            manifests.slice_of(
+                "a",
+                [manifests.endpoint(ip, pod.node.name, ready=pod.name == ready) for pod, ip in each],
+                ports=SLICE_PORTS,
+            )
+            for each in ([(pod, pod.address) for pod in pods], [(pod, pod.address6) for pod in pods])
+        ]
+        service = manifests.service("a", clusterIPs=list(OWN["a"]), ports=PORTS)
+        manifests.write(cluster.manifests / "moving.yaml", service, *slices)
+
+    host = OWN["a"][family == 6]
+    cluster.lab.agents[-1].stop()
+    write("w1")
+    cluster.agent("--max-services", "500").start()
+    with Remote(cluster.client, host) as sock:
+        until(lambda: sock.ask_at(host, PORT, 0.3) == "w1")
+        cluster.lab.agents[-1].kill()
+        write("w2")
+        cluster.agent("--max-services", "1000").start()
+        until(lambda: sock.ask_at(host, PORT, 0.3) == "w2", "datagrams do not go to w2", AT_ONCE)
 
 
 @pytest.mark.parametrize("kind", ["externalIP", "NodePort"])

@@ -9,6 +9,7 @@ import enum
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi.layout import NOBODY, PAIR, U32, U64, pack_address, unpack_address
@@ -206,6 +207,14 @@ NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_SEEN_AT, _NAT_EPOCH_AT, _NAT_LAST_AT, _NAT_CREAT
 NAT_STATE = struct.Struct(f"={_NAT_SEEN_AT}xB{NAT.size - _NAT_SEEN_AT - 1 - U64.size}xQ")
 _EGRESS = b"\1\0\0"
 _BYPASS = int(NatFlags.BYPASS)
+
+
+_NAT_IDS = struct.Struct(f"={NAT_IDS_AT}xII{NAT.size - NAT_IDS_AT - PAIR.size}x")
+
+
+def nat_uses(values: memoryview) -> Iterator[tuple[int, int]]:
+    """Service id and backend id of each of the packed values of ``conntrack``; a pair equals a BackendUse."""
+    return _NAT_IDS.iter_unpack(values)
 
 
 class Entry(NamedTuple):

@@ -13,13 +13,17 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
-from ebpfproxy.datapath.abi.layout import PAIR, U32, pack_address, unpack_address
+from ebpfproxy.datapath.abi.layout import NOBODY, PAIR, U32, pack_address, unpack_address
 
 PEER = struct.Struct("=16s16sHHIII")
 ORIGIN = struct.Struct(f"=Q{PEER.size}sII")
 PEER_PLACES = 4
 PEERS = struct.Struct(f"={PEER_PLACES * PEER.size}sII")
 REDIRECT = struct.Struct("=16sHxxxxxxQ")
+
+#: The backend id of a connected datagram socket whose backend has none. NOBODY would not tell the protocol,
+#: which a record has by its backend only.
+DATAGRAM_NOBODY = NOBODY - 1
 
 # -- the first frontend of a socket
 
@@ -43,9 +47,17 @@ _ORIGIN_IDS = struct.Struct("=44xII12x")
 _ORIGIN_PEER = struct.Struct("=40xHxxII12x")
 
 
+_ORIGIN_FRONTEND = struct.Struct("=8x16s16x2sxxII12x")
+
+
 def origin_uses(origins: bytes) -> Iterator[tuple[int, int]]:
     """Service id and backend id of each of the packed origins; each pair equals a BackendUse."""
     return _ORIGIN_IDS.iter_unpack(origins)
+
+
+def origin_frontends(origins: bytes) -> Iterator[tuple[bytes, bytes, int, int]]:
+    """Address and port that sockets asked for, both as they are packed, with the same ids."""
+    return _ORIGIN_FRONTEND.iter_unpack(origins)
 
 
 def unconnected_uses(origins: bytes) -> Iterator[tuple[int, int]]:

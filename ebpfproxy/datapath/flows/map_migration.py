@@ -21,11 +21,13 @@ from ebpfproxy.datapath.abi import flow_layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import NAT_STATE, NO_USE, BackendUse, Entry, Seen
 from ebpfproxy.datapath.abi.layout import NOBODY, U32, U64
 from ebpfproxy.datapath.abi.schema import FLOW_MARKS, SCHEMA_VERSION
+from ebpfproxy.datapath.abi.socket_layout import DATAGRAM_NOBODY
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
 from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from ebpfproxy.services.model import Protocol
 
 _AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
 #: All that is read here, and by ``services.former``. A change of any of their structs raises SCHEMA_VERSION.
@@ -71,6 +73,14 @@ class _Source:
         self.flows: set[int] = set()
         #: Packed origins that have been copied, as they were written, by their identity.
         self.origins: dict[bytes, bytes] = {}
+
+    def backend_of_socket(self, old: int) -> int:
+        """The id in the new maps of a connected socket's backend."""
+        if (new := self.backends.get(old)) is not None:
+            return new
+        known = self.maps.backends().read(old)
+        is_datagram = old == DATAGRAM_NOBODY or (known and known[0].protocol is Protocol.UDP)
+        return DATAGRAM_NOBODY if is_datagram else NOBODY
 
 
 class MapMigration:
@@ -153,7 +163,8 @@ class MapMigration:
     def _copy_origins(self, source: _Source) -> None:
         """A socket whose backend is gone keeps its frontend's address, and is counted for no backend.
 
-        Traffic of its connection is still counted for its Service, if that is there.
+        Traffic of its connection is still counted for its Service, if that is there. A connected datagram
+        socket is redirected or closed after that: see ``flows.origins``.
         If it is an unconnected one, it still gets its replies, and chooses anew when it sends.
         """
         epochs = self._new.shared("epochs").words()
@@ -163,13 +174,16 @@ class MapMigration:
         def translate(origin: bytes) -> bytes:
             use = socket_layout.origin_use(origin)
             service = source.services.get(use.service_id, NOBODY)
-            backend = source.backends.get(use.backend_id, NOBODY)
             if socket_layout.is_connected(origin):
                 began = 0 if service == NOBODY else socket_layout.origin_began(origin)
-                return socket_layout.with_origin_ids(origin, BackendUse(service, backend), began)
+                now = BackendUse(service, source.backend_of_socket(use.backend_id))
+                return socket_layout.with_origin_ids(origin, now, began)
+            backend = source.backends.get(use.backend_id, NOBODY)
             if use in removed or NOBODY in (service, backend):
                 return socket_layout.with_origin_ids(origin, NO_USE, 0)
-            return socket_layout.with_origin_ids(origin, BackendUse(service, backend), epochs[service])
+            # An epoch before the current one has the socket ask if its backend has been removed. Programs
+            # compare its frontend's Service each time.
+            return socket_layout.with_origin_ids(origin, BackendUse(service, backend), epochs[service] - 1)
 
         there = {socket_layout.origin_identity(origin): origin for origin in _origins(source.maps)}
         # A socket that has no record in the old maps any more has been closed. A connected one that has

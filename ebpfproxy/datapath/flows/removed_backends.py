@@ -107,12 +107,11 @@ class RemovedBackends:
         """All removals that flows and sockets may still have to learn of."""
         return dict(self._known)
 
-    @property
-    def absent(self) -> dict[int, set[int]]:
-        """Backends that may come back, by service id: another agent is to wait for them, too."""
+    def by_service(self, why: RemovalReason) -> dict[int, set[int]]:
+        """Ids of backends that were removed for this reason, by service id."""
         found: dict[int, set[int]] = {}
         for use, removal in self._known.items():
-            if removal.why is RemovalReason.ABSENT:
+            if removal.why is why:
                 found.setdefault(use.service_id, set()).add(use.backend_id)
         return found
 

@@ -6,21 +6,24 @@ is programmed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
-from itertools import starmap
+from collections.abc import Mapping, Set
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi import layout, socket_layout
-from ebpfproxy.datapath.abi.flow_layout import BackendUse, Entry, RemovalReason
+from ebpfproxy.datapath.abi.flow_layout import FLOW, NAT, BackendUse, RemovalReason, nat_uses
 from ebpfproxy.datapath.abi.layout import ServiceKey
 from ebpfproxy.datapath.flows.origin_table import OriginTable
+from ebpfproxy.datapath.flows.peers import unconnected_uses
 from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
+from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.backends import Backends
 from ebpfproxy.datapath.services.frontend_table import Frontends
 from ebpfproxy.datapath.services.plan import NO_IDS, NO_MEMBERS, NO_SOURCES, Member, Published
 from ebpfproxy.datapath.services.publish import Tables
 from ebpfproxy.services.model import Prefix, ServicePortKey
+
+_BATCH = 4096
 
 
 class Adopted(NamedTuple):
@@ -42,26 +45,31 @@ def adopt(maps: MapSet, names: Mapping[int, ServicePortKey], tables: Tables) -> 
     entries = _entries(frontends)
     sources = _sources(maps)
     members, strangers = _members(maps, names.keys())
-    unselected = _with_something_open(maps, backends)
+    used = _in_use(maps, backends) if names else {}
     missing = _absent(names.keys(), backends, removed)
+    gone, idle = (removed.by_service(why) for why in (RemovalReason.GONE, RemovalReason.IDLE))
     published = {}
     for number, name in names.items():
         selected = selections.backends(number)
         # What is selected is back, though an agent was killed before it said so.
         absent = missing.get(number, NO_IDS) - selected
+        # The service port has let go of what is gone, which another one may hold.
+        unselected = used.get(number, NO_IDS) - selected - gone.get(number, NO_IDS) | absent
         known = Published(
             number,
             tuple(entries.get(number, ())),
             frozenset(sources.get(number, NO_SOURCES)),
-            unselected.get(number, NO_IDS) - selected | absent,
+            unselected,
             members=members.get(number, NO_MEMBERS),
         )
-        known.inactive = backends.adopt(selected | known.unselected, absent)
+        known.inactive = backends.adopt(
+            selected | unselected, absent=absent, idle=unselected & idle.get(number, NO_IDS)
+        )
         _remove_idle(number, known.inactive.idle, removed)
         published[name] = known
-    used = entries.keys() | sources.keys() | {each.service_id for each in strangers}
+    ids = entries.keys() | sources.keys() | {each.service_id for each in strangers}
     places = maps["service_names"].spec.max_entries
-    return Adopted(published, strangers, {number for number in used - names.keys() if number < places})
+    return Adopted(published, strangers, {number for number in ids - names.keys() if number < places})
 
 
 def _remove_idle(service_id: int, idle: frozenset[int], removed: RemovedBackends) -> None:
@@ -101,27 +109,33 @@ def _members(
     return {number: (frozenset(a), frozenset(b)) for number, (a, b) in found.items()}, strangers
 
 
-def _with_something_open(maps: MapSet, backends: Backends) -> dict[int, frozenset[int]]:
-    """Backends that sockets or flows use, by service id: those that it may not select."""
-    busy = backends.busy()
+def _in_use(maps: MapSet, backends: Backends) -> dict[int, frozenset[int]]:
+    """Backends that flows or sockets use, by service id, whether the service port selects them or not."""
     found: dict[int, set[int]] = {}
-    for service_id, backend_id in uses(maps) if busy else ():
-        if backend_id in busy:
-            found.setdefault(service_id, set()).add(backend_id)
-    return {service_id: frozenset(each) for service_id, each in found.items()}
+    for service_id, backend_id in uses(maps):
+        found.setdefault(service_id, set()).add(backend_id)
+    there = backends.known({number for each in found.values() for number in each})
+    return {service_id: frozenset(each & there) for service_id, each in found.items()}
 
 
-def uses(maps: MapSet) -> Iterator[BackendUse]:
-    """What flows and connected sockets use, each as often as they do."""
+def uses(maps: MapSet) -> set[tuple[int, int]]:
+    """What flows and sockets use; each pair equals a BackendUse.
+
+    There may be very many flows and sockets: no loop in Python looks at each.
+    """
+    found: set[tuple[int, int]] = set()
     for origins in OriginTable(maps).connected():
-        yield from starmap(BackendUse, socket_layout.origin_uses(origins))
-    for key, value in maps["conntrack"].items():
-        yield Entry(key, value).use
+        found.update(socket_layout.origin_uses(origins))
+    for peers in unconnected_uses(maps):
+        found.update(peers)
+    for _, values, count in bpf.map_lookup_batches(maps["conntrack"].fd, FLOW.size, NAT.size, _BATCH):
+        found.update(nat_uses(values[: count * NAT.size]))
+    return found
 
 
 def _absent(services: Set[int], backends: Backends, removed: RemovedBackends) -> dict[int, frozenset[int]]:
     """Backends that an earlier agent was waiting for, by service id. Those that cannot come back are gone."""
-    found = removed.absent
+    found = removed.by_service(RemovalReason.ABSENT)
     there = backends.known({n for absent in found.values() for n in absent}) if found else set()
     for number, absent in found.items():
         if lost := absent - there if number in services else absent:

@@ -90,14 +90,6 @@ class Backends:
         """All ids in use."""
         return self._ids.numbers()
 
-    def busy(self) -> set[int]:
-        """Those that were there before, that some service port may not select, and that have something open.
-
-        What is not active may be selected by another one, which has nothing else.
-        """
-        surely_selected = self._selected - self._inactive
-        return {n for n in self.numbers() if n not in surely_selected and self.is_open(n)}
-
     def unsettled(self) -> frozenset[int]:
         """Those that were there before, in no selection, but active: no agent has said what they are."""
         return frozenset(self.numbers()).difference(self._selected, self._inactive)
@@ -191,25 +183,26 @@ class Backends:
 
     # -- held by service ports
 
-    def adopt(self, held: Set[int], absent: frozenset[int]) -> InactiveBackends:
+    def adopt(self, held: Set[int], *, absent: frozenset[int], idle: frozenset[int]) -> InactiveBackends:
         """Notes that an adopted service port holds these; returns those that are not active.
 
-        ``absent``: those of them whose endpoint may come back, which no state says.
+        ``absent``: those of them whose endpoint may come back, which no state says. ``idle``: those that are
+        known to be so, though they may have another state because of another service port.
         """
         for number in held:
             self._refs[number] += 1
         by_state: dict[int, set[int]] = {}
-        for number in (self._inactive & held) - absent:
+        for number in (self._inactive & held) - absent - idle:
             by_state.setdefault(self._kept.state(number), set()).add(number)
-        if not by_state and not absent:
+        if not (by_state or absent or idle):
             return ALL_ACTIVE
         # An agent was killed before its change came to pass.
-        self._turned |= absent | by_state.get(BackendState.GONE, NO_IDS)
-        leaving, idle, drained = (
+        self._turned |= absent | idle | by_state.get(BackendState.GONE, set())
+        leaving, quarantined, drained = (
             frozenset(by_state.get(state, NO_IDS))
             for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
         )
-        inactive = InactiveBackends(leaving, idle, drained, absent)
+        inactive = InactiveBackends(leaving, idle | quarantined, drained, absent)
         self._recount(ALL_ACTIVE, inactive)
         return inactive
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.datapath.abi.arrays import backend_ids
-from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason, unpack_departure
+from ebpfproxy.datapath.abi.flow_layout import RemovalReason, unpack_departure
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.flows.map_migration import other_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.adopt import service_names, uses
-from ebpfproxy.services.model import Backend, BackendState, ServicePort, ServicePortKey
+from ebpfproxy.services.model import Backend, ServicePort, ServicePortKey
 
 Former = Mapping[ServicePortKey, Collection[Backend]]
 
@@ -36,25 +36,18 @@ def former_backends(pins: Path, maps: MapSet) -> Former:
     return found
 
 
-def _uses(old: MapSet, services: Collection[int]) -> Iterator[BackendUse]:
-    gone = set[BackendUse]()
+def _uses(old: MapSet, services: Collection[int]) -> Iterator[tuple[int, int]]:
     for key, value in old["departures"].items():
-        use, (why,) = unpack_departure(key), U32.unpack(value)
-        if why == RemovalReason.GONE:
-            gone.add(use)
-        elif why == RemovalReason.ABSENT:
-            yield use
-    selections, selected = old.selections(), set[int]()
+        if U32.unpack(value)[0] == RemovalReason.ABSENT:
+            yield unpack_departure(key)
+    selections = old.selections()
     for number in services:
         for used in selections.ranges(number):
             for backend_id in {*backend_ids(selections.slots(used))}:
-                selected.add(backend_id)
-                yield BackendUse(number, backend_id)
-    loads, records = old.loads(), old.backends()
-    unsure = (n for n in records.ids() if n not in selected or records.state(n) != BackendState.ACTIVE)
-    if any(loads[number].open_now > 0 for number in unsure):
-        # Those that are draining, for example, whether another service port selects them or not.
-        yield from set(uses(old)) - gone
+                yield number, backend_id
+    # Those that are draining, for example, whether another service port selects them or not; and those that
+    # are gone, as an agent that was killed may not have ended what is open to them.
+    yield from uses(old)
 
 
 def with_former(ports: Iterable[ServicePort], former: Former) -> Iterator[ServicePort]:

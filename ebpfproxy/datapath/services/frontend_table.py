@@ -15,13 +15,13 @@ from functools import partial
 from itertools import chain
 
 from ebpfproxy.datapath.abi import layout
-from ebpfproxy.datapath.abi.layout import U32, ServiceEntry, ServiceFlags, ServiceKey
+from ebpfproxy.datapath.abi.layout import U32, Scope, ServiceEntry, ServiceFlags, ServiceKey
 from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.services.filter import BitFilter, address_hash
 from ebpfproxy.datapath.services.frontend_cache import changing_frontends, renew_frontends
-from ebpfproxy.services.model import FrontendKind
+from ebpfproxy.services.model import FrontendKind, Protocol
 
 _DNS_PORT = 53
 #: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
@@ -66,6 +66,14 @@ class Frontends:
 
     def get(self, key: ServiceKey) -> ServiceEntry | None:
         return self._entries.get(key)
+
+    def has_udp(self, service_id: int, address: bytes, port: int) -> bool:
+        """Says if a service has one at an address, or at all of the node's. Any thread may ask."""
+        keys = (
+            ServiceKey(each, port, Protocol.UDP, Scope.INTERNAL) for each in (address, bytes(len(address)))
+        )
+        found = map(self._entries.get, keys)
+        return any(entry is not None and entry.id == service_id for entry in found)
 
     def owned(self) -> list[Owned]:
         """The maps, with what they should hold."""

@@ -1,7 +1,7 @@
 """Which Services' ids open connections still count for.
 
-What is measured of a connection is counted for the id that its Service had when it began, until it ends.
-Before that, an id should have no other owner.
+A connection has the id that its Service had when it began, until it ends. Before that, an id should have no
+other owner: what is measured would be counted for that one, and the connection would end with its backends.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Retirement:
         backends: Backends,
         service_ids: Ids[ServicePortKey],
         measures: Measures,
-        held: HeldIds | None = None,
+        held: HeldIds,
     ) -> None:
         """``held`` is told of ids that are retired."""
         self._selections = selections
@@ -65,8 +65,7 @@ class Retirement:
         """Retires the id of a service port."""
         number = self._service_ids.forget(key)
         self._retired.services.append(number)
-        if self._held is not None:
-            self._held.retire(number)
+        self._held.retire(number)
 
     def add_nameless(self, service_ids: Iterable[int]) -> None:
         """Retires ids that no service port has."""

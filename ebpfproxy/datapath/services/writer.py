@@ -53,13 +53,11 @@ class Writer:
         absence: float = 0.0,
         source_towards: Callable[[bytes], bytes] = lambda _: b"",
         clock: Callable[[], float] = time.monotonic,
-        measures: bool = True,
     ) -> None:
         """``maglev_size``: places in a Maglev table, one of ``MAGLEV_SIZES``.
 
         ``absence``: for how many seconds of ``clock`` an endpoint that was removed may come back.
         ``source_towards``: the address by which this node asks at another, empty where it cannot.
-        ``measures``: programs count for service ids, which therefore stay theirs while connections are open.
         """
         self._absences = Absences(absence, clock)
         self._host_sources = HostSources(source_towards)
@@ -78,7 +76,7 @@ class Writer:
         self._unsettled = self._backends.unsettled()
         self._placer = Placer(self._selections, self._backends, maglev_size)
         self._removed_backends = RemovedBackends(maps)
-        self._lost = LostFrontends(self._removed_backends, names, maps["service_names"].spec.max_entries)
+        self._lost = LostFrontends(self._removed_backends, names)
         self._frontends = Frontends(maps, self._lost.note)
         if maps.adopted:
             # Programs may be using what an agent that was killed had replaced, and they had cached.
@@ -94,7 +92,7 @@ class Writer:
             self._nameless,
         )
         self._measures.keep(names.keys(), set(self._backends.numbers()))
-        self._open_ids = HeldIds(maps) if measures else None
+        self._open_ids = HeldIds(maps)
         self._retirement = Retirement(
             self._selections, self._backends, self._service_ids, self._measures, self._open_ids
         )
@@ -266,7 +264,7 @@ class Writer:
 
     def _new_service(self, key: ServicePortKey, change: Change) -> int:
         may_be_old = self._is_adopted or self._service_ids.recycles
-        held: Container[int] = self._open_ids if may_be_old and self._open_ids is not None else ()
+        held: Container[int] = self._open_ids if may_be_old else ()
         number = self._service_ids.add(key, held)
         change.names[number] = key
         if may_be_old:
@@ -378,6 +376,10 @@ class Writer:
     def take_losers(self) -> Container[int] | None:
         """Ids of services that may have lost UDP frontends since the last call, whose sockets have to end."""
         return self._lost.take()
+
+    def has_udp_frontend(self, service_id: int, address: bytes, port: int) -> bool:
+        """Says if a service has one there, as it is published. Any thread may ask."""
+        return self._frontends.has_udp(service_id, address, port)
 
     @property
     def redirects(self) -> Redirects:

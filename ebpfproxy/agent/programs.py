@@ -365,8 +365,9 @@ class ProgramManager:
             return
         if self._reports:
             self._replace(self.load(reports=False), reports=False)
-        assert self._programs is not None
-        loader.remove_others(self._maps, self._programs)
+        # What a worker pins just now is left to the next start.
+        if self._programs is not None and not self._loading:
+            loader.remove_others(self._maps, self._programs)
 
     def _replace(self, programs: Path, *, reports: bool) -> None:
         """The former ones stay pinned: the next time nothing has to be loaded."""

@@ -395,6 +395,23 @@ def test_next_trace_attaches_the_programs_of_the_one_before(
     assert attached[0] == attached[1]
 
 
+def test_agent_that_is_told_to_end_while_it_loads_programs_for_a_trace_leaves_them_to_the_next(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
+    """A worker pins them, and the folder is not removed below it."""
+    pins = cluster.a.bpf_root / "ebpfproxy"
+    agent.stop()
+    agent.start()
+    (plain,) = pins.glob("v*/progs-*")
+    trace = cluster.a.start_command(["trace", "--bpf-root", str(cluster.a.bpf_root)], stdout=-1, stderr=-1)
+    until(lambda: any(each.parent != plain for each in pins.glob("v*/progs-*/*")), "nothing is loaded")
+    assert agent.stop() == 0
+    trace.kill()
+    trace.communicate()
+    agent.start()
+    until(lambda: list(pins.glob("v*/progs-*")) == [plain], "programs of nobody are pinned")
+
+
 def test_second_trace_at_a_time_fails(cluster: OutsideClientCluster, agent: Agent) -> None:
     trace = Trace(cluster.a)
     said = cluster.a.cli("trace", "--count", "1", check=False)

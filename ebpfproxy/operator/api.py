@@ -38,7 +38,7 @@ _JSON_PATCH = "application/json-patch+json"
 _READ_SECONDS = 30.0
 #: A server that answers nothing for so long is given up, unless a command has a ``--timeout``.
 _SILENCE_SECONDS = 60.0
-#: A request gets so much even where time is over: what ends a command asks once more.
+#: A request gets so much even where the server was silent for too long: what ends a command asks once more.
 _LEAST_SECONDS = 1.0
 _TRIES = 4
 _NOT_FOUND, _CREATED = 404, 201
@@ -167,7 +167,10 @@ class Api:
         raise ConfigError(f"{paths}: no such kubeconfig, and this is no pod: name a --kubeconfig")
 
     def within(self, wait: Wait | None) -> Api:
-        """The same server, for requests that end with ``wait``."""
+        """The same server, for requests that end with ``wait``.
+
+        The last one may take as long as any other: a server may be slow, and the wait shorter than an answer.
+        """
         made = copy.copy(self)
         made._wait = wait
         return made
@@ -294,7 +297,7 @@ class Api:
     ) -> Reply:
         left = self._silence.left()
         if self._wait is not None:
-            left = min(left, self._wait.left)
+            left = min(left, max(_READ_SECONDS, self._wait.left))
         try:
             reply = self._connection.call(
                 method,

@@ -16,6 +16,7 @@ from ebpfproxy.operator.install import rollout
 from ebpfproxy.operator.install.rollout import RolloutError
 from ebpfproxy.operator.migrate.daemonsets import Daemon
 from ebpfproxy.operator.migrate.switches import KUBE_PROXY
+from ebpfproxy.operator.waiting import WaitError
 from tests.apiserver import ApiServer, objects
 from tests.kube.files import kubeconfig
 
@@ -93,6 +94,13 @@ def test_silence_is_no_warning_of_an_installation(server: ApiServer, tmp_path: P
     assert "warning" not in done.stderr
 
 
+@pytest.fixture
+def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most that a request takes beyond its wait."""
+    monkeypatch.setattr("ebpfproxy.operator.api._READ_SECONDS", 1.0)
+
+
+@pytest.mark.usefixtures("one_second")
 def test_waiting_for_a_rollout_ends_when_its_time_is_over(server: ApiServer) -> None:
     """A request that is sent shortly before may not take its own time beyond that."""
     server.fail("hang", times=HANGING)
@@ -104,12 +112,21 @@ def test_waiting_for_a_rollout_ends_when_its_time_is_over(server: ApiServer) -> 
     assert len(server.requests) <= 2, "one, and a last one when the time was over"
 
 
+@pytest.mark.usefixtures("one_second")
 def test_waiting_for_a_pod_ends_when_its_time_is_over(server: ApiServer) -> None:
     server.fail("hang", times=HANGING)
     daemon = Daemon(Api.from_options(None, server.url), KUBE_PROXY, "node-a")
     with pytest.raises(ApiError, match=f"^{server.url}: {NO_ANSWER}$"):
         daemon.wait_ready(0.5, "its pod is not ready")
     assert len(server.requests) == 1
+
+
+def test_slow_server_is_waited_for_to_the_end_of_a_short_wait(server: ApiServer) -> None:
+    """An answer that takes longer than what is left of the wait says what was waited for in vain."""
+    server.fail("late", seconds=1.2, times=HANGING)
+    daemon = Daemon(Api.from_options(None, server.url), KUBE_PROXY, "node-a")
+    with pytest.raises(WaitError, match=r"^node-a: its pod is not ready after 0\.3 s$"):
+        daemon.wait_ready(0.3, "its pod is not ready")
 
 
 def test_requests_after_silence_are_not_waited_for_again(server: ApiServer) -> None:

@@ -9,6 +9,7 @@ error is one line with the object and the server's words.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import threading
 import time
@@ -107,25 +108,31 @@ class _Silence:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._lock = threading.Lock()
-        #: When the first request was sent that has got no answer yet.
+        #: When the first request was sent that has failed since the last answer, without one.
         self._since: float | None = None
+        self._answered = -math.inf
 
     def left(self) -> float:
-        """Counts from the request that is about to be sent, where the one before was answered."""
-        with self._lock:
-            now = time.monotonic()
-            self._since = now if self._since is None else self._since
-            return self._since + self._seconds - now
+        """How long a request may take that is sent now.
 
-    def end(self) -> None:
+        One that waits for its answer does not shorten others: the server may answer it yet.
+        """
         with self._lock:
-            self._since = None
+            return self._seconds if self._since is None else self._since + self._seconds - time.monotonic()
 
-    def __str__(self) -> str:
+    def answered(self) -> None:
         with self._lock:
-            now = time.monotonic()
-            seconds = now - (now if self._since is None else self._since)
-            return f"no answer for {round(seconds, 1 if seconds < 10 else None):g} s"
+            self._since, self._answered = None, time.monotonic()
+
+    def unanswered(self, sent: float) -> str:
+        """Notes that a request failed, and says for how long nothing came."""
+        with self._lock:
+            since = sent if self._since is None else min(sent, self._since)
+            # Where another request was answered meanwhile, the server is not silent.
+            if sent > self._answered:
+                self._since = since
+            seconds = time.monotonic() - since
+        return f"no answer for {round(seconds, 1 if seconds < 10 else None):g} s"
 
 
 class Api:
@@ -298,6 +305,7 @@ class Api:
         left = self._silence.left()
         if self._wait is not None:
             left = min(left, max(_READ_SECONDS, self._wait.left))
+        sent = time.monotonic()
         try:
             reply = self._connection.call(
                 method,
@@ -310,13 +318,13 @@ class Api:
                 seconds=max(_LEAST_SECONDS, left),
             )
         except Failure as failure:
-            text: object = failure
+            text = str(failure)
             if failure.is_silence:
-                text = self._silence
+                text = self._silence.unanswered(sent)
             else:
-                self._silence.end()
+                self._silence.answered()
             raise ApiError(f"{what if failure.status else self.host}: {text}", failure.status) from failure
-        self._silence.end()
+        self._silence.answered()
         return reply
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,19 @@ def test_requests_after_silence_are_not_waited_for_again(server: ApiServer) -> N
             api.get("Node", "", "node-a")
     assert len(server.requests) == 2
     assert api.get("Node", "", "node-a") is not None
+
+
+def test_each_of_parallel_requests_has_the_whole_time(
+    server: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is sent while another waits for its answer."""
+    monkeypatch.setattr("ebpfproxy.operator.api._LEAST_SECONDS", 0.01)
+    server.fail("late", seconds=0.9, times=HANGING)
+    api = Api.from_options(None, server.url, seconds=1.5)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(api.list, "Node", "")
+        time.sleep(0.8)
+        assert len(api.list("Node", "")) == len(first.result()) == 1
 
 
 def test_answer_that_does_not_end_is_silence(server: ApiServer) -> None:

@@ -189,15 +189,21 @@ class ApiConnection:
         """Returns the whole answer, of which no more than ``most_bytes`` are read.
 
         The request is sent up to ``tries`` times, as long as failures are transient
-        (:attr:`Failure.is_transient`), and all of it takes ``seconds`` at most. Raises Failure, also for a
-        status of 300 and more.
+        (:attr:`Failure.is_transient`), and all of it takes ``seconds`` at most, without the time that
+        credentials take: a plugin may wait for its user. Raises Failure, also for a status of 300 and more.
         """
         backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
         while True:
             tries -= 1
             try:
-                response = self.request(
+                before = time.monotonic()
+                session, authorization = self._prepare()
+                began += time.monotonic() - before
+                deadline = began + seconds
+                response = self._send(
+                    session,
+                    authorization,
                     method,
                     path,
                     params,
@@ -210,7 +216,8 @@ class ApiConnection:
                 return Reply(response.status, response.headers, read(response, most_bytes, deadline))
             except Failure as failure:
                 pause = max(failure.retry_after or 0.0, backoff.next())
-                if tries <= 0 or not failure.is_transient or time.monotonic() + pause >= deadline:
+                failure.waited = time.monotonic() - began
+                if tries <= 0 or not failure.is_transient or failure.waited + pause >= seconds:
                     raise
                 time.sleep(pause)
 
@@ -225,26 +232,48 @@ class ApiConnection:
         read_seconds: float,
     ) -> urllib3.BaseHTTPResponse:
         """Does the same as :meth:`get`, but without a limit."""
-        code, began = "<error>", time.monotonic()
+        prepared = self._prepare()
+        return self._send(
+            *prepared, method, path, params, body=body, content_type=content_type, read_seconds=read_seconds
+        )
+
+    def _prepare(self) -> tuple[_Session, str]:
+        """The session with its credentials as they are now. Raises Failure."""
         try:
             self._choose_again()
             session = self._session
-            headers = _headers(method, body, content_type, session.access.authorization())
-            query = f"?{urlencode(params)}" if params else ""
-            began = time.monotonic()
+            return session, session.access.authorization()
+        except ConfigError as error:
+            raise Failure("credentials", str(error)) from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise failures.of_exception(error) from error
+
+    def _send(
+        self,
+        session: _Session,
+        authorization: str,
+        method: str,
+        path: str,
+        params: Mapping[str, str],
+        *,
+        body: bytes | None,
+        content_type: str,
+        read_seconds: float,
+    ) -> urllib3.BaseHTTPResponse:
+        query = f"?{urlencode(params)}" if params else ""
+        began = time.monotonic()
+        try:
             response = session.pool.request(
                 method,
                 f"{session.access.server}{path}{query}",
-                headers=headers,
+                headers=_headers(method, body, content_type, authorization),
                 body=body,
                 preload_content=False,
                 redirect=False,
                 timeout=urllib3.Timeout(connect=min(_CONNECT_SECONDS, read_seconds), read=read_seconds),
             )
-        except ConfigError as error:
-            raise Failure("credentials", str(error)) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            self._count(code, method, began)
+            self._count("<error>", method, began)
             raise failures.of_exception(error) from error
         self._count(str(response.status), method, began)
         return response

@@ -124,14 +124,16 @@ class _Silence:
         with self._lock:
             self._since, self._answered = None, time.monotonic()
 
-    def unanswered(self, sent: float) -> str:
-        """Notes that a request failed, and says for how long nothing came."""
+    def unanswered(self, waited: float) -> str:
+        """Notes that a request failed, after so many seconds, and says for how long nothing came."""
         with self._lock:
+            now = time.monotonic()
+            sent = now - waited
             since = sent if self._since is None else min(sent, self._since)
             # Where another request was answered meanwhile, the server is not silent.
             if sent > self._answered:
                 self._since = since
-            seconds = time.monotonic() - since
+            seconds = now - since
         return f"no answer for {round(seconds, 1 if seconds < 10 else None):g} s"
 
 
@@ -305,7 +307,6 @@ class Api:
         left = self._silence.left()
         if self._wait is not None:
             left = min(left, max(_READ_SECONDS, self._wait.left))
-        sent = time.monotonic()
         try:
             reply = self._connection.call(
                 method,
@@ -320,7 +321,7 @@ class Api:
         except Failure as failure:
             text = str(failure)
             if failure.is_silence:
-                text = self._silence.unanswered(sent)
+                text = self._silence.unanswered(failure.waited)
             else:
                 self._silence.answered()
             raise ApiError(f"{what if failure.status else self.host}: {text}", failure.status) from failure

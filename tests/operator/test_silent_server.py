@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import time
@@ -153,6 +154,17 @@ def test_each_of_parallel_requests_has_the_whole_time(
         first = threads.submit(api.list, "Node", "")
         time.sleep(0.8)
         assert len(api.list("Node", "")) == len(first.result()) == 1
+
+
+def test_time_of_a_credential_plugin_is_no_silence(server: ApiServer, tmp_path: Path) -> None:
+    """The plugin may wait for its user. It runs for each request, as its token has expired."""
+    status = {"token": "x", "expirationTimestamp": "2020-01-01T00:00:00Z"}
+    kind = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential"}
+    script = f"sleep 1.2; echo '{json.dumps({**kind, 'status': status})}'"
+    plugin = {"apiVersion": kind["apiVersion"], "command": "sh", "args": ["-c", script]}
+    path = kubeconfig(tmp_path / "admin.conf", server.url, {"exec": {**plugin, "interactiveMode": "Never"}})
+    server.fail("late", seconds=0.2)
+    assert len(Api.from_options(path, None, seconds=1).list("Node", "")) == 1
 
 
 def test_answer_that_does_not_end_is_silence(server: ApiServer) -> None:

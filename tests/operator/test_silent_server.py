@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from ebpfproxy.operator.migrate.daemonsets import Daemon
 from ebpfproxy.operator.migrate.switches import KUBE_PROXY
 from ebpfproxy.operator.waiting import WaitError
 from tests.apiserver import ApiServer, objects
+from tests.apiserver.certificates import Authority
 from tests.kube.files import kubeconfig
 
 NO_ANSWER = r"no answer for [\d.]+ s"
@@ -176,3 +179,37 @@ def test_answer_that_does_not_end_is_silence(server: ApiServer) -> None:
         api.list("Node", "")
     server.heal()
     assert len(api.list("Node", "")) == 21
+
+
+def drip(listener: socket.socket, tls: ssl.SSLContext | None) -> bool:
+    """Sends an answer's header by single bytes, in three seconds; returns whether the client took it all."""
+    with suppress(OSError), listener, listener.accept()[0] as plain:
+        connection = tls.wrap_socket(plain, server_side=True) if tls else plain
+        with connection:
+            connection.recv(1 << 16)
+            for byte in b"HTTP/1.1 200 OK\r\nX: xxxxxxxx\r\n":
+                connection.sendall(bytes([byte]))
+                time.sleep(0.1)
+            connection.sendall(b'Content-Length: 26\r\n\r\n{"metadata":{},"items":[]}')
+            return True
+    return False
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_header_that_does_not_end_is_silence(tmp_path: Path, scheme: str) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
+    authority = Authority(tmp_path)
+    tls = None
+    if scheme == "https":
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(*authority.pair("server"))
+    trusted = {"certificate-authority": str(authority.path)}
+    api = Api.from_options(
+        kubeconfig(tmp_path / "admin.conf", url, {"token": "x"}, **trusted), None, seconds=1
+    )
+    with ThreadPoolExecutor() as threads:
+        dripping = threads.submit(drip, listener, tls)
+        with pytest.raises(ApiError, match=f"^{url}: {NO_ANSWER}$"):
+            api.list("Node", "")
+        assert not dripping.result(), "the connection is closed when the time is over"

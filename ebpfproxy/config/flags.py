@@ -37,6 +37,13 @@ def _fields(options: tuple[Option, ...]) -> Mapping[str, str]:
 KUBE_PROXY_FLAGS = _fields(KUBE_PROXY_OPTIONS)
 OWN_FLAGS = _fields(OWN_OPTIONS)
 
+#: Flags that kube-proxy takes for mode nftables, too, where they set fields of its section
+#: (processV1Alpha1Flags). The masquerade bit of iptables is not that of nftables.
+_OF_NFTABLES = {
+    "masquerade-all": "masqueradeAll",
+    "iptables-sync-period": "syncPeriod",
+    "iptables-min-sync-period": "minSyncPeriod",
+}
 #: Flags that set no field.
 NO_FIELD = frozenset(
     (
@@ -77,7 +84,7 @@ def lay(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration, flags: 
         kube_proxy = _set(kube_proxy, "clientConnection.kubeconfig", "")
     problems: list[Problem] = []
     by_path: tuple[dict[str, str], dict[str, str]] = ({}, {})
-    # The section of --masquerade-all depends on the mode.
+    # The section of some flags depends on the mode.
     for name, value in sorted(given.items(), key=lambda item: item[0] != "proxy-mode"):
         if name in NO_FIELD:
             continue
@@ -119,8 +126,8 @@ def _path_of(name: str, value: object, kube_proxy: KubeProxyConfiguration) -> tu
         return OWN_FLAGS[name], True
     if name == "detect-local-mode" and str(value) == "Devices":
         return "detectLocalMode", True
-    if name == "masquerade-all" and kube_proxy.mode == "nftables":
-        return "nftables.masqueradeAll", False
+    if kube_proxy.mode == "nftables" and name in _OF_NFTABLES:
+        return f"nftables.{_OF_NFTABLES[name]}", False
     return KUBE_PROXY_FLAGS[name], False
 
 

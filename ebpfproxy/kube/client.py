@@ -7,7 +7,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import urllib3
 
 import ebpfproxy
-from ebpfproxy.kube import access, control_plane, failures, kubeconfig
+from ebpfproxy.kube import access, control_plane, deadlines, failures, kubeconfig
 from ebpfproxy.kube.access import Access, check_server
 from ebpfproxy.kube.backoff import Backoff
 from ebpfproxy.kube.decode import decode_status
@@ -34,7 +34,6 @@ _CONNECT_SECONDS = 10.0
 _UNANSWERED = 3
 _MOST_BYTES = 1 << 20
 _ERROR_BYTES = 64 * 1024
-_PIECE_BYTES = 64 * 1024
 #: urllib3 takes no time-out of 0.
 _LEAST_SECONDS = 0.01
 USER_AGENT = f"ebpfproxy/{ebpfproxy.__version__}"
@@ -157,7 +156,8 @@ class ApiConnection:
                     server=found.server,
                 )
         # A connection for each watch, and one to list meanwhile.
-        return _Session(found, access.pool(found, socket_options=list(KEEPALIVE), maxsize=8))
+        pool = access.pool(found, socket_options=list(KEEPALIVE), maxsize=8)
+        return _Session(found, deadlines.watching(pool))
 
     def reload(self) -> None:
         """Reads files and credentials again. Raises ConfigError, then the old ones stay in use."""
@@ -189,28 +189,36 @@ class ApiConnection:
         """Returns the whole answer, of which no more than ``most_bytes`` are read.
 
         The request is sent up to ``tries`` times, as long as failures are transient
-        (:attr:`Failure.is_transient`), and all of it takes ``seconds`` at most. Raises Failure, also for a
-        status of 300 and more.
+        (:attr:`Failure.is_transient`), and all of it takes ``seconds`` at most, without the time that
+        credentials take: a plugin may wait for its user. Raises Failure, also for a status of 300 and more.
         """
         backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
         while True:
             tries -= 1
             try:
-                response = self.request(
-                    method,
-                    path,
-                    params,
-                    body=body,
-                    content_type=content_type,
-                    read_seconds=min(read_seconds, max(_LEAST_SECONDS, deadline - time.monotonic())),
-                )
+                before = time.monotonic()
+                session, authorization = self._prepare()
+                began += time.monotonic() - before
+                deadline = began + seconds
+                with deadlines.until(deadline):
+                    response = self._send(
+                        session,
+                        authorization,
+                        method,
+                        path,
+                        params,
+                        body=body,
+                        content_type=content_type,
+                        read_seconds=min(read_seconds, max(_LEAST_SECONDS, deadline - time.monotonic())),
+                    )
                 if response.status >= 300:
                     raise refusal(response)
-                return Reply(response.status, response.headers, read(response, most_bytes, deadline))
+                return Reply(response.status, response.headers, read(response, most_bytes))
             except Failure as failure:
                 pause = max(failure.retry_after or 0.0, backoff.next())
-                if tries <= 0 or not failure.is_transient or time.monotonic() + pause >= deadline:
+                failure.waited = time.monotonic() - began
+                if tries <= 0 or not failure.is_transient or failure.waited + pause >= seconds:
                     raise
                 time.sleep(pause)
 
@@ -225,26 +233,48 @@ class ApiConnection:
         read_seconds: float,
     ) -> urllib3.BaseHTTPResponse:
         """Does the same as :meth:`get`, but without a limit."""
-        code, began = "<error>", time.monotonic()
+        prepared = self._prepare()
+        return self._send(
+            *prepared, method, path, params, body=body, content_type=content_type, read_seconds=read_seconds
+        )
+
+    def _prepare(self) -> tuple[_Session, str]:
+        """The session with its credentials as they are now. Raises Failure."""
         try:
             self._choose_again()
             session = self._session
-            headers = _headers(method, body, content_type, session.access.authorization())
-            query = f"?{urlencode(params)}" if params else ""
-            began = time.monotonic()
+            return session, session.access.authorization()
+        except ConfigError as error:
+            raise Failure("credentials", str(error)) from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise failures.of_exception(error) from error
+
+    def _send(
+        self,
+        session: _Session,
+        authorization: str,
+        method: str,
+        path: str,
+        params: Mapping[str, str],
+        *,
+        body: bytes | None,
+        content_type: str,
+        read_seconds: float,
+    ) -> urllib3.BaseHTTPResponse:
+        query = f"?{urlencode(params)}" if params else ""
+        began = time.monotonic()
+        try:
             response = session.pool.request(
                 method,
                 f"{session.access.server}{path}{query}",
-                headers=headers,
+                headers=_headers(method, body, content_type, authorization),
                 body=body,
                 preload_content=False,
                 redirect=False,
                 timeout=urllib3.Timeout(connect=min(_CONNECT_SECONDS, read_seconds), read=read_seconds),
             )
-        except ConfigError as error:
-            raise Failure("credentials", str(error)) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            self._count(code, method, began)
+            self._count("<error>", method, began)
             raise failures.of_exception(error) from error
         self._count(str(response.status), method, began)
         return response
@@ -277,13 +307,9 @@ def _headers(method: str, body: bytes | None, content_type: str, authorization: 
     return headers
 
 
-def _up_to(response: urllib3.BaseHTTPResponse, most_bytes: int | None, deadline: float = math.inf) -> bytes:
-    """Reads the body; a connection with more of it is closed. Raises HTTPError, OSError and, for a body that
-    is not whole at the ``deadline``, Failure."""
-    if deadline == math.inf:
-        body = bytes(response.read(most_bytes))
-    else:
-        body = b"".join(_pieces(response, math.inf if most_bytes is None else most_bytes, deadline))
+def _up_to(response: urllib3.BaseHTTPResponse, most_bytes: int | None) -> bytes:
+    """Reads the body; a connection with more of it is closed."""
+    body = bytes(response.read(most_bytes))
     if most_bytes is None or len(body) < most_bytes:
         response.release_conn()
     else:
@@ -291,24 +317,10 @@ def _up_to(response: urllib3.BaseHTTPResponse, most_bytes: int | None, deadline:
     return body
 
 
-def _pieces(response: urllib3.BaseHTTPResponse, left: float, deadline: float) -> Iterator[bytes]:
-    while left:
-        if time.monotonic() >= deadline:
-            response.close()
-            raise Failure("idle", "the answer was not complete in time")
-        piece = bytes(response.read1(int(min(left, _PIECE_BYTES))))
-        if not piece:
-            return
-        left -= len(piece)
-        yield piece
-
-
-def read(
-    response: urllib3.BaseHTTPResponse, most_bytes: int | None = None, deadline: float = math.inf
-) -> bytes:
-    """Reads the body, until the ``deadline`` of ``time.monotonic()`` at most. Raises Failure."""
+def read(response: urllib3.BaseHTTPResponse, most_bytes: int | None = None) -> bytes:
+    """Reads the body. Raises Failure."""
     try:
-        return _up_to(response, most_bytes, deadline)
+        return _up_to(response, most_bytes)
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise failures.of_exception(error) from error
 

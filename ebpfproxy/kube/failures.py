@@ -20,6 +20,8 @@ class Failure(Exception):  # noqa: N818 - a failure to go on, not an error of ou
         super().__init__(message)
         self.reason = reason
         self.retry_after = retry_after
+        #: How long a call that failed has waited for the server, in seconds.
+        self.waited = 0.0
 
     @property
     def status(self) -> int:

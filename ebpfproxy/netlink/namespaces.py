@@ -51,7 +51,8 @@ def _paths() -> Iterator[Path]:
 
 
 def may_enter() -> bool:
-    """False where this process is refused (setns(2)) in all namespaces but its own."""
+    """False where this process is refused (setns(2)) in all namespaces but its own, or would be: it may see
+    none."""
     is_refused = False
     for path in namespaces():
         if path == OWN:
@@ -64,7 +65,19 @@ def may_enter() -> bool:
             continue
         else:
             return True
-    return not is_refused
+    return not is_refused and _may_enter_own()
+
+
+def _may_enter_own() -> bool:
+    """setns(2) asks for the capability where it changes nothing, too."""
+    fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _enter(fd)
+    except PermissionError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def names_by_cookie() -> dict[int, str]:

@@ -9,6 +9,7 @@ error is one line with the object and the server's words.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import threading
 import time
@@ -38,7 +39,7 @@ _JSON_PATCH = "application/json-patch+json"
 _READ_SECONDS = 30.0
 #: A server that answers nothing for so long is given up, unless a command has a ``--timeout``.
 _SILENCE_SECONDS = 60.0
-#: A request gets so much even where time is over: what ends a command asks once more.
+#: A request gets so much even where the server was silent for too long: what ends a command asks once more.
 _LEAST_SECONDS = 1.0
 _TRIES = 4
 _NOT_FOUND, _CREATED = 404, 201
@@ -107,25 +108,33 @@ class _Silence:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._lock = threading.Lock()
-        #: When the first request was sent that has got no answer yet.
+        #: When the first request was sent that has failed since the last answer, without one.
         self._since: float | None = None
+        self._answered = -math.inf
 
     def left(self) -> float:
-        """Counts from the request that is about to be sent, where the one before was answered."""
+        """How long a request may take that is sent now.
+
+        One that waits for its answer does not shorten others: the server may answer it yet.
+        """
+        with self._lock:
+            return self._seconds if self._since is None else self._since + self._seconds - time.monotonic()
+
+    def answered(self) -> None:
+        with self._lock:
+            self._since, self._answered = None, time.monotonic()
+
+    def unanswered(self, waited: float) -> str:
+        """Notes that a request failed, after so many seconds, and says for how long nothing came."""
         with self._lock:
             now = time.monotonic()
-            self._since = now if self._since is None else self._since
-            return self._since + self._seconds - now
-
-    def end(self) -> None:
-        with self._lock:
-            self._since = None
-
-    def __str__(self) -> str:
-        with self._lock:
-            now = time.monotonic()
-            seconds = now - (now if self._since is None else self._since)
-            return f"no answer for {round(seconds, 1 if seconds < 10 else None):g} s"
+            sent = now - waited
+            since = sent if self._since is None else min(sent, self._since)
+            # Where another request was answered meanwhile, the server is not silent.
+            if sent > self._answered:
+                self._since = since
+            seconds = now - since
+        return f"no answer for {round(seconds, 1 if seconds < 10 else None):g} s"
 
 
 class Api:
@@ -167,7 +176,10 @@ class Api:
         raise ConfigError(f"{paths}: no such kubeconfig, and this is no pod: name a --kubeconfig")
 
     def within(self, wait: Wait | None) -> Api:
-        """The same server, for requests that end with ``wait``."""
+        """The same server, for requests that end with ``wait``.
+
+        The last one may take as long as any other: a server may be slow, and the wait shorter than an answer.
+        """
         made = copy.copy(self)
         made._wait = wait
         return made
@@ -294,7 +306,7 @@ class Api:
     ) -> Reply:
         left = self._silence.left()
         if self._wait is not None:
-            left = min(left, self._wait.left)
+            left = min(left, max(_READ_SECONDS, self._wait.left))
         try:
             reply = self._connection.call(
                 method,
@@ -307,13 +319,13 @@ class Api:
                 seconds=max(_LEAST_SECONDS, left),
             )
         except Failure as failure:
-            text: object = failure
+            text = str(failure)
             if failure.is_silence:
-                text = self._silence
+                text = self._silence.unanswered(failure.waited)
             else:
-                self._silence.end()
+                self._silence.answered()
             raise ApiError(f"{what if failure.status else self.host}: {text}", failure.status) from failure
-        self._silence.end()
+        self._silence.answered()
         return reply
 
 

@@ -95,6 +95,27 @@ def test_change_may_wait_for_two_sync_periods_of_the_mode(mode: str) -> None:
     assert of({"mode": mode, section: {"syncPeriod": "45s"}, **others}).health_timeout == 90
 
 
+@pytest.mark.parametrize(
+    ("mode", "flag", "seconds"),
+    [
+        ("", "iptables", 600),
+        ("iptables", "iptables", 600),
+        ("nftables", "iptables", 600),
+        ("ipvs", "iptables", 60),
+        ("ipvs", "ipvs", 600),
+        ("iptables", "ipvs", 60),
+        ("nftables", "ipvs", 60),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_sync_period_of_iptables_is_that_of_all_modes_but_ipvs(
+    mode: str, flag: str, seconds: float, *, in_file: bool
+) -> None:
+    """The mode may be the file's. kube-proxy has no such flags for nftables."""
+    flags = {f"{flag}-sync-period": "5m", **({} if in_file else {"proxy-mode": mode})}
+    assert of({"mode": mode} if in_file else {}, flags=flags).health_timeout == seconds
+
+
 def test_every_setting_of_kube_proxy_sets_an_option_of_the_agent() -> None:
     found = of(
         {

@@ -15,7 +15,7 @@ class Fault:
     ``kind``: an HTTP status as text (with ``retry_after`` seconds); ``hang`` (no answer, connection open),
     ``close`` (no answer, closed), ``html`` (a proxy's error page with status 502), ``half`` (half of a list,
     or of a streaming list's initial events, then closed), ``slow`` (the whole answer, by 512 bytes every
-    ``seconds``). For watches once they run: ``cut`` (half a line, then closed), ``silence`` (nothing more,
+    ``seconds``), ``late`` (the whole answer, after ``seconds``). For watches once they run: ``cut`` (half a line, then closed), ``silence`` (nothing more,
     connection open), ``garbage`` (a line that is no JSON), ``expire`` (410 inside the stream).
 
     ``resource`` and ``param`` (a query parameter that must be there: ``continue``, ``watch``) narrow it down.
@@ -31,7 +31,7 @@ class Fault:
         retry_after: int | None = None,
         seconds: float = 0.01,
     ) -> None:
-        known = ("hang", "close", "html", "half", "slow", *IN_STREAMS)
+        known = ("hang", "close", "html", "half", "slow", "late", *IN_STREAMS)
         if kind not in known and not kind.isdecimal():
             raise ValueError(f"no fault {kind!r}: an HTTP status or one of {', '.join(known)}")
         self.kind = kind

@@ -153,6 +153,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault.kind == "slow":
             self._slow = fault.seconds
             return False
+        if fault.kind == "late":
+            self.api.stopping.wait(fault.seconds)
+            return False
         if fault.kind == "half":
             self._half = self.close_connection = True
             return False

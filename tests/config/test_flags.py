@@ -119,6 +119,15 @@ def test_a_mode_from_a_flag_has_its_defaults() -> None:
     assert used({"mode": "nftables"}, flags={"masquerade-all": True}).kube_proxy.masquerade_all
 
 
+@pytest.mark.parametrize(("mode", "section"), [("", "iptables"), ("nftables", "nftables"), ("ipvs", "ipvs")])
+def test_min_sync_period_of_iptables_is_that_of_all_modes_but_ipvs(mode: str, section: str) -> None:
+    """kube-proxy's processV1Alpha1Flags; the masquerade bit of iptables is no other mode's."""
+    given = {"iptables-min-sync-period": "7s", "iptables-masquerade-bit": 15, "ipvs-min-sync-period": "8s"}
+    found = used(flags={**given, "proxy-mode": mode}).kube_proxy
+    assert getattr(found, section).min_sync_period == seconds(8 if mode == "ipvs" else 7)
+    assert (found.iptables.masquerade_bit, found.nftables.masquerade_bit) == (15, 14)
+
+
 def test_addresses_of_flags_may_be_empty_or_only_a_port() -> None:
     found = used(flags={"healthz-bind-address": "", "metrics-bind-address": ":0"}).kube_proxy
     assert (found.healthz_bind_address, found.metrics_bind_address) == ("", ":0")

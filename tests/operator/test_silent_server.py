@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
+import ssl
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,9 @@ from ebpfproxy.operator.install import rollout
 from ebpfproxy.operator.install.rollout import RolloutError
 from ebpfproxy.operator.migrate.daemonsets import Daemon
 from ebpfproxy.operator.migrate.switches import KUBE_PROXY
+from ebpfproxy.operator.waiting import WaitError
 from tests.apiserver import ApiServer, objects
+from tests.apiserver.certificates import Authority
 from tests.kube.files import kubeconfig
 
 NO_ANSWER = r"no answer for [\d.]+ s"
@@ -93,6 +100,13 @@ def test_silence_is_no_warning_of_an_installation(server: ApiServer, tmp_path: P
     assert "warning" not in done.stderr
 
 
+@pytest.fixture
+def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most that a request takes beyond its wait."""
+    monkeypatch.setattr("ebpfproxy.operator.api._READ_SECONDS", 1.0)
+
+
+@pytest.mark.usefixtures("one_second")
 def test_waiting_for_a_rollout_ends_when_its_time_is_over(server: ApiServer) -> None:
     """A request that is sent shortly before may not take its own time beyond that."""
     server.fail("hang", times=HANGING)
@@ -104,12 +118,21 @@ def test_waiting_for_a_rollout_ends_when_its_time_is_over(server: ApiServer) -> 
     assert len(server.requests) <= 2, "one, and a last one when the time was over"
 
 
+@pytest.mark.usefixtures("one_second")
 def test_waiting_for_a_pod_ends_when_its_time_is_over(server: ApiServer) -> None:
     server.fail("hang", times=HANGING)
     daemon = Daemon(Api.from_options(None, server.url), KUBE_PROXY, "node-a")
     with pytest.raises(ApiError, match=f"^{server.url}: {NO_ANSWER}$"):
         daemon.wait_ready(0.5, "its pod is not ready")
     assert len(server.requests) == 1
+
+
+def test_slow_server_is_waited_for_to_the_end_of_a_short_wait(server: ApiServer) -> None:
+    """An answer that takes longer than what is left of the wait says what was waited for in vain."""
+    server.fail("late", seconds=1.2, times=HANGING)
+    daemon = Daemon(Api.from_options(None, server.url), KUBE_PROXY, "node-a")
+    with pytest.raises(WaitError, match=r"^node-a: its pod is not ready after 0\.3 s$"):
+        daemon.wait_ready(0.3, "its pod is not ready")
 
 
 def test_requests_after_silence_are_not_waited_for_again(server: ApiServer) -> None:
@@ -123,6 +146,30 @@ def test_requests_after_silence_are_not_waited_for_again(server: ApiServer) -> N
     assert api.get("Node", "", "node-a") is not None
 
 
+def test_each_of_parallel_requests_has_the_whole_time(
+    server: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is sent while another waits for its answer."""
+    monkeypatch.setattr("ebpfproxy.operator.api._LEAST_SECONDS", 0.01)
+    server.fail("late", seconds=0.9, times=HANGING)
+    api = Api.from_options(None, server.url, seconds=1.5)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(api.list, "Node", "")
+        time.sleep(0.8)
+        assert len(api.list("Node", "")) == len(first.result()) == 1
+
+
+def test_time_of_a_credential_plugin_is_no_silence(server: ApiServer, tmp_path: Path) -> None:
+    """The plugin may wait for its user. It runs for each request, as its token has expired."""
+    status = {"token": "x", "expirationTimestamp": "2020-01-01T00:00:00Z"}
+    kind = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential"}
+    script = f"sleep 1.2; echo '{json.dumps({**kind, 'status': status})}'"
+    plugin = {"apiVersion": kind["apiVersion"], "command": "sh", "args": ["-c", script]}
+    path = kubeconfig(tmp_path / "admin.conf", server.url, {"exec": {**plugin, "interactiveMode": "Never"}})
+    server.fail("late", seconds=0.2)
+    assert len(Api.from_options(path, None, seconds=1).list("Node", "")) == 1
+
+
 def test_answer_that_does_not_end_is_silence(server: ApiServer) -> None:
     for number in range(20):
         server.store.put("nodes", objects.node(f"node-{number}"))
@@ -132,3 +179,37 @@ def test_answer_that_does_not_end_is_silence(server: ApiServer) -> None:
         api.list("Node", "")
     server.heal()
     assert len(api.list("Node", "")) == 21
+
+
+def drip(listener: socket.socket, tls: ssl.SSLContext | None) -> bool:
+    """Sends an answer's header by single bytes, in three seconds; returns whether the client took it all."""
+    with suppress(OSError), listener, listener.accept()[0] as plain:
+        connection = tls.wrap_socket(plain, server_side=True) if tls else plain
+        with connection:
+            connection.recv(1 << 16)
+            for byte in b"HTTP/1.1 200 OK\r\nX: xxxxxxxx\r\n":
+                connection.sendall(bytes([byte]))
+                time.sleep(0.1)
+            connection.sendall(b'Content-Length: 26\r\n\r\n{"metadata":{},"items":[]}')
+            return True
+    return False
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_header_that_does_not_end_is_silence(tmp_path: Path, scheme: str) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
+    authority = Authority(tmp_path)
+    tls = None
+    if scheme == "https":
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(*authority.pair("server"))
+    trusted = {"certificate-authority": str(authority.path)}
+    api = Api.from_options(
+        kubeconfig(tmp_path / "admin.conf", url, {"token": "x"}, **trusted), None, seconds=1
+    )
+    with ThreadPoolExecutor() as threads:
+        dripping = threads.submit(drip, listener, tls)
+        with pytest.raises(ApiError, match=f"^{url}: {NO_ANSWER}$"):
+            api.list("Node", "")
+        assert not dripping.result(), "the connection is closed when the time is over"

@@ -24,7 +24,7 @@ from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.lab import Lab, manifests
 from tests.packets.packet_cluster import PORTS, V4, V6, FamilyAddresses, PacketCluster
-from tests.packets.wire import Wire, ip_of, with_right_checksums
+from tests.packets.wire import Wire, earlier, ip_of, with_right_checksums
 
 PROTOCOLS = ("TCP", "UDP")
 NUMBERS = {"TCP": 6, "UDP": 17}
@@ -165,7 +165,7 @@ def aged(tables: MapSet, packed: bytes, seconds: float, *, lasted: float = 0) ->
     assert value is not None
     changed = bytearray(value)
     for at, moved in ((48, seconds), (56, seconds + lasted)):
-        struct.pack_into("=Q", changed, at, struct.unpack_from("=Q", value, at)[0] - int(moved * NS))
+        struct.pack_into("=Q", changed, at, earlier(struct.unpack_from("=Q", value, at)[0], moved))
     tables["conntrack"].update(packed, with_check(packed, changed))
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import pytest
 from scapy.compat import raw
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6, _ICMPv6
@@ -229,6 +230,14 @@ def with_right_checksums(packet: Packet) -> bytes:
             break
         layer = layer.payload
     return bytes(raw(copy))
+
+
+def earlier(when: int, seconds: float) -> int:
+    """A time of CLOCK_MONOTONIC, ns. The test is skipped on a machine that has not been up for so long."""
+    found = when - int(seconds * 10**9)
+    if found < 0:
+        pytest.skip(f"this machine has not been up for {seconds:.0f} s")
+    return found
 
 
 def ip_of(packet: Packet) -> Any:

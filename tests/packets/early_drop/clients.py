@@ -16,7 +16,7 @@ from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.packets.packet_cluster import PORTS, FamilyAddresses
 from tests.packets.test_flows import ends_of, segment
-from tests.packets.wire import DROP, PASS, REDIRECT, Wire, ip_of
+from tests.packets.wire import DROP, PASS, REDIRECT, Wire, earlier, ip_of
 
 #: Fewer than a packet looks at: which flow it ends is certain.
 FIRST, LAST = 61000, 61003
@@ -120,7 +120,7 @@ class Clients:
             self.silence_entry(entry, seconds)
 
     def silence_entry(self, entry: Entry, seconds: int) -> None:
-        self._change(entry, _LAST_AT, U64.pack(entry.last - seconds * 10**9))
+        self._change(entry, _LAST_AT, U64.pack(earlier(entry.last, seconds)))
 
     def lose(self, client: Client, part: Part) -> None:
         """Takes an entry out of the map."""

@@ -387,7 +387,7 @@ def test_fifty_thousand_concurrent_masqueraded_connections() -> None:
         for pod in more:
             servers.start(pod, pod.name, 8080, 8053, 9000)
         cluster.write_web(cluster.w1, cluster.w2, *more)
-        cluster.agent("--masquerade-ports", "1024-65000").start()
+        cluster.agent("--max-conntrack", "524288", "--masquerade-ports", "1024-65000").start()
         # A client has 50,000 local ports per destination address and port.
         hosts = [
             (cluster.a.address, NODE_PORT),

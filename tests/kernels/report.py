@@ -186,7 +186,7 @@ def _reasons(outcome: str, head: str, ran: Mapping[str, Run]) -> list[str]:
 def _repetitions(ran: Mapping[str, Run]) -> list[str]:
     """Returns a row for each test that failed beside others and passed alone."""
     passed = {
-        name: {*run.repeated} - {each.test for each in run.results if each.outcome == "failed"}
+        name: {*run.repeated} - {each.test for each in run.results if each.outcome != "passed"}
         for name, run in ran.items()
     }
     rows = [

@@ -147,5 +147,7 @@ def test_tests_that_are_run_again_replace_their_first_outcomes() -> None:
     assert f"| {good.test} | passed |" in lines
     assert f"| {bad.test} | 1 |" in lines
     assert f"| {bad.test} | passed |" not in lines
+    skipped = report.repeated(first, run(Result(good.test, "skipped", "too young")), 60)
+    assert f"| {good.test} | passed |" not in report.lines({"new": kernel}, {}, {"new": skipped})
     assert report.good(kernel, report.repeated(both, run(), 60)), "the test no longer exists"
     assert not report.good(kernel, report.repeated(both, run(complete=False), 60))

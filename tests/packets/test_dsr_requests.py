@@ -290,7 +290,7 @@ def test_flows_end_after_their_time_although_no_reply_was_seen(
     wire: Wire, family: FamilyAddresses, new_port: Callable[[], int], tables: MapSet
 ) -> None:
     """As flows whose replies pass: those that a client has confirmed, has not, and has closed; and datagrams."""
-    idle = {"confirmed": 600, "unconfirmed": 70, "closed": 80, "one datagram": 40, "datagrams": 100}
+    idle = {"confirmed": 110, "unconfirmed": 70, "closed": 80, "one datagram": 40, "datagrams": 100}
     flows = {what: Request(wire, family, "UDP" if "datagram" in what else "TCP", new_port()) for what in idle}
     for what, flow in flows.items():
         flow.send("S", seq=1000)

@@ -287,7 +287,7 @@ def test_port_that_is_claimed_is_not_freed_by_the_sweep_that_finds_it_so(
     """The sweep deletes by key, and the key may be that of another flow the next moment: see test_beside_a_sweep.py."""
     client = clients.new("UDP")
     client.establish()
-    clients.silence(client, 200)
+    clients.silence(client, 125)
     clients.claim(client)
     sweeper = Sweeper(tables, Timeouts(), next(tables.folder.glob("progs-*")))
     with closing(sweeper):

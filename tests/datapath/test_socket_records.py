@@ -204,17 +204,24 @@ def test_a_cookie_that_the_kernel_counts_down_loses_its_highest_byte() -> None:
     assert socket_layout.is_connected(socket_layout.origin_key(sock_diag._cookie(name), kind))
 
 
-@pytest.mark.parametrize("is_removed", [True, False])
-def test_sockets_whose_backend_has_come_back_are_not_stale(
-    pins: Path, stack: ExitStack, *, is_removed: bool
-) -> None:
-    """They may have connected since then."""
+def _with_a_datagram_socket(
+    pins: Path, stack: ExitStack
+) -> tuple[Sockets, Backend, dict[BackendUse, Removal]]:
+    """A connected one, its backend, and that one's removal."""
     sockets = Sockets(pins, stack, 64)
     backend = Backend(BACKEND, 8053, Protocol.UDP)
     sockets.maps.backends().write(USE.backend_id, backend, BackendState.ACTIVE)
     assert sockets.programs.restore([origin(FRONTEND, BACKEND)]) == 1
     set_load(sockets.maps, USE.backend_id, sockets_opened=1)
-    removed = {USE: Removal(RemovalReason.IDLE, 0)}
+    return sockets, backend, {USE: Removal(RemovalReason.IDLE, 0)}
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_sockets_whose_backend_has_come_back_are_not_stale(
+    pins: Path, stack: ExitStack, *, is_removed: bool
+) -> None:
+    """They may have connected since then."""
+    sockets, backend, removed = _with_a_datagram_socket(pins, stack)
     asked: list[tuple[BackendUse, Removal]] = []
 
     def is_current(use: BackendUse, removal: Removal) -> bool:
@@ -335,12 +342,7 @@ def test_tcp_sockets_stay_whoever_has_their_frontend(pins: Path, stack: ExitStac
 def test_socket_that_has_lost_its_frontend_is_stale_though_its_backend_has_come_back(
     pins: Path, stack: ExitStack
 ) -> None:
-    sockets = Sockets(pins, stack, 64)
-    backend = Backend(BACKEND, 8053, Protocol.UDP)
-    sockets.maps.backends().write(USE.backend_id, backend, BackendState.ACTIVE)
-    assert sockets.programs.restore([origin(FRONTEND, BACKEND)]) == 1
-    set_load(sockets.maps, USE.backend_id, sockets_opened=1)
-    removed = {USE: Removal(RemovalReason.IDLE, 0)}
+    sockets, backend, removed = _with_a_datagram_socket(pins, stack)
     found = stale_sockets(
         sockets.maps,
         removed,

@@ -6,6 +6,7 @@ Such a socket answers a SYN that looks older than its connection with an ACK, wh
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -27,8 +28,14 @@ CLIENT = 20000
 TARGET = 8099
 
 
+def _stay_on_one_cpu() -> None:
+    """Packets of both sides are in order then: a FIN that overtakes an ACK makes the client reset the TIME_WAIT."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
 def _serve() -> None:
     """Accepts connections, closes each at once, and prints the port that it came from."""
+    _stay_on_one_cpu()
     with socket.create_server(("::", TARGET), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
         print("ready", flush=True)
         while True:
@@ -42,6 +49,7 @@ def _connect(host: str) -> None:
 
     A client that uses its port again gets the same port of the node again, and the kernel chooses by chance.
     """
+    _stay_on_one_cpu()
     for number in range(COUNT):
         source = "", CLIENT + number
         with socket.create_connection((host, NODE_PORT), 30, source_address=source) as sock:

@@ -73,7 +73,8 @@ static __always_inline bool handle_known_flow(struct __sk_buff *skb, const struc
 	 * Nothing may be in the way of a direct flow that begins anew: it keeps its port then. What
 	 * kube-proxy begins is also kube-proxy's in the packets after this one.
 	 */
-	if (found == FLOW_REJECT || is_of_no_service(nat) || defer_to_kube_proxy(p)) {
+	if (found == FLOW_REJECT || found == FLOW_OVER || is_of_no_service(nat) ||
+	    defer_to_kube_proxy(p)) {
 		conntrack_forget(&p->flow, in_map, nat);
 		scratch_of(p)->has_entry = false;
 	} else {

@@ -7,6 +7,7 @@
 #include "device.h"
 #include "frontend.h"
 #include "stale.h"
+#include "timeout.h"
 
 /*
  * Says if a SYN is the one that the flow has begun with, sent again: it may end before data that
@@ -57,10 +58,34 @@ static __always_inline bool is_stale(const struct packet *p, const struct nat *n
 	return false;
 }
 
+/*
+ * Says if a packet that may begin a flow has the entry of one that has timed out, and that no sweep
+ * has ended yet, as while no agent runs. It begins anew, as with netfilter: the map may have
+ * evicted its masquerade meanwhile, without which the backend would see the client. An SCTP
+ * association goes on; and where the option of DSR makes the entries, its sender decides.
+ */
+static __always_inline bool has_timed_out(const struct packet *p, const struct nat *nat, bool opens)
+{
+	struct scratch *s = scratch_of(p);
+	const u64 now = coarse_now(s);
+	const struct nat *reply;
+
+	if ((s64)(now - nat->last) <= (s64)NSEC_PER_SEC ||
+	    !(opens || service_protocol(p->flow.proto) == IPPROTO_UDP) ||
+	    (DSR_ACCEPTS && nat->flags & NAT_DSR_BACKEND))
+		return false;
+	partner_key(&s->key, &p->flow, nat);
+	reply = conntrack_lookup(&s->key);
+	if (!reply || !is_reverse(reply, &p->flow))
+		reply = nat;
+	return is_over(nat, reply, timeouts_of(p->flow.proto), now);
+}
+
 enum flow_verdict {
 	FLOW_FORWARD,
 	FLOW_RESTART, /* handled as the first packet */
 	FLOW_MOVE,    /* the same, because its backend has left */
+	FLOW_OVER,    /* the same, and nothing is left of the former flow */
 	FLOW_REJECT,  /* a connection that has lost its backend */
 };
 
@@ -84,7 +109,10 @@ static __always_inline enum flow_verdict flow_verdict_of(const struct packet *p,
 	if (!(nat->flags & NAT_SOURCE) && is_stale(p, nat, in_map, opens))
 		return p->flow.proto != IPPROTO_TCP || opens ? FLOW_MOVE : FLOW_REJECT;
 	/* A client that uses its port again opens another connection. */
-	return opens && is_closed(nat) ? FLOW_RESTART : FLOW_FORWARD;
+	if (opens && is_closed(nat))
+		return FLOW_RESTART;
+	return !(nat->flags & NAT_SOURCE) && has_timed_out(p, nat, opens) ? FLOW_OVER
+									  : FLOW_FORWARD;
 }
 
 #endif

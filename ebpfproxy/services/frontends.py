@@ -126,6 +126,8 @@ class _Reader:
 
         internal = self._policy("internalTrafficPolicy", spec.internal_traffic_policy)
         external = self._policy("externalTrafficPolicy", spec.external_traffic_policy)
+        if spec.type == "ClusterIP" and not spec.external_ips:
+            external = _CLUSTER  # kube-proxy's ExternallyAccessible() looks at the spec alone
         addresses = list(self._addresses(cluster_ips, internal, external))
         families = sorted({_family(each[1]) for each in addresses if each[0] is _CLUSTER_IP})
         # An address that is there twice is of the kind that comes first.
@@ -199,7 +201,7 @@ class _Reader:
         One that cannot be read opens nothing: it may have been of either family.
         """
         texts = self._service.spec.load_balancer_source_ranges
-        if not texts or self._service.spec.type != "LoadBalancer":
+        if not texts:
             return _OPEN_TO_ALL
         found: dict[Family, set[Prefix]] = {family: set() for family in Family}
         unreadable = False
@@ -252,7 +254,8 @@ class _Reader:
             if address is not None:
                 families.add(_family(address))
                 yield _CLUSTER_IP, address, internal, internal
-        balancer = status.load_balancer if status is not None and spec.type == "LoadBalancer" else None
+        # kube-proxy uses it for any type: the API server keeps it where AllowServiceLBStatusOnNonLB is set.
+        balancer = status.load_balancer if status is not None else None
         for i, ingress in enumerate((balancer.ingress or ()) if balancer is not None else ()):
             if not ingress.ip or ingress.ip_mode not in (None, "", "VIP"):
                 continue

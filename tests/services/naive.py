@@ -101,10 +101,9 @@ def _addresses(service: Object) -> list[tuple[str, Address]]:
     if spec.get("type") == "ExternalName" or cluster_ips[0] == "None" or not _is_ours(service):
         return []
     named = [("ClusterIP", text) for text in cluster_ips]
-    if spec.get("type") == "LoadBalancer":
-        for ingress in (status.get("loadBalancer") or {}).get("ingress") or []:
-            if ingress.get("ip") and ingress.get("ipMode") in (None, "VIP"):
-                named.append(("LoadBalancer", ingress["ip"]))
+    for ingress in (status.get("loadBalancer") or {}).get("ingress") or []:
+        if ingress.get("ip") and ingress.get("ipMode") in (None, "VIP"):
+            named.append(("LoadBalancer", ingress["ip"]))
     named += [("ExternalIP", text) for text in spec.get("externalIPs") or []]
     parsed = [(kind, address) for kind, text in named if (address := address_of(text)) is not None]
     versions = {address.version for kind, address in parsed if kind == "ClusterIP"}

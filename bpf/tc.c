@@ -71,10 +71,11 @@ static __always_inline bool handle_known_flow(struct __sk_buff *skb, const struc
 	}
 	/*
 	 * Nothing may be in the way of a direct flow that begins anew: it keeps its port then. What
-	 * kube-proxy begins is also kube-proxy's in the packets after this one.
+	 * kube-proxy begins is also kube-proxy's in the packets after this one. If a flow with one
+	 * pair is over, early drop would never free its port: no entry leads to it any more.
 	 */
-	if (found == FLOW_REJECT || found == FLOW_OVER || is_of_no_service(nat) ||
-	    defer_to_kube_proxy(p)) {
+	if (found == FLOW_REJECT || is_of_no_service(nat) || defer_to_kube_proxy(p) ||
+	    (found == FLOW_OVER && nat->flags & (NAT_BYPASS | NAT_HOST))) {
 		conntrack_forget(&p->flow, in_map, nat);
 		scratch_of(p)->has_entry = false;
 	} else {

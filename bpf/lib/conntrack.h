@@ -299,7 +299,7 @@ static __always_inline void conntrack_keep_partner(struct scratch *s, const stru
 	if (conntrack_lookup(&s->key))
 		return;
 	s->nat = *entry;
-	s->nat.seen &= FLOW_SEEN;
+	s->nat.seen &= FLOW_SEEN | SEEN_MASKED;
 	invert_entry(s, flow);
 	if (s->nat.flags & NAT_REPLY)
 		s->nat.seen |= SEEN_REPLY;

@@ -35,7 +35,7 @@ static __always_inline u64 is_unconfirmed(const struct flow *flow, const struct 
 static __always_inline u64 may_end(const struct flow *flow, const struct nat *original,
 				   const struct nat *reply, u32 row, u64 now)
 {
-	return is_unconfirmed(flow, original, reply) | is_over(original, reply, row, now);
+	return is_unconfirmed(flow, original, reply) | is_over(flow, original, reply, row, now);
 }
 
 /*

@@ -285,6 +285,8 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 
 	init_entry(s, p, backend, id);
 	find_source(skb, s, p, backend);
+	if (s->begun.is_masked && !(s->nat.flags & NAT_BYPASS))
+		s->nat.seen = SEEN_MASKED;
 	done = insert_pair(skb, s, &p->flow, s->begun.is_fresh);
 	if (done != INSERT_DONE)
 		return insert_failed(s, done);

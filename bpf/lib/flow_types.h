@@ -47,6 +47,7 @@ struct flow {
 /* A sweep has found it claimed. Sweeps take turns with two marks: see filter.h. */
 #define SEEN_LEFT_1 (1 << 5)
 #define SEEN_LEFT_2 (1 << 6)
+#define SEEN_MASKED (1 << 7) /* the flow has a masquerade, with entries of its own */
 
 /*
  * Conntrack: what a flow is rewritten to. Entries come in pairs, one for each direction: the

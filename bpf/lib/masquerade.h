@@ -213,6 +213,7 @@ static __always_inline enum insert insert_source(struct __sk_buff *skb, struct s
 	enum insert done;
 
 	s->nat.flags = NAT_SOURCE;
+	s->nat.seen = 0;
 	invert_entry(s, key);
 	done = take_port(skb, s, known);
 	if (done != INSERT_DONE)
@@ -276,16 +277,42 @@ static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scra
 	masquerade_key(&between, &s->nat, proto);
 	in_map = conntrack_read(&between, &s->other);
 	s->is_known = in_map != NULL;
-	/* A flow that begins anew keeps its port while that is its own: see early_drop.h. */
-	if (in_map && is_masquerade(known) && !is_closed(known) && addr_equal(&known->src, addr)) {
+	/*
+	 * A flow that begins anew keeps its port while that is its own: see early_drop.h. If a side
+	 * had closed the former one it gets new entries with that port: it would be closed as soon
+	 * as the other side does.
+	 */
+	if (in_map && is_masquerade(known) && addr_equal(&known->src, addr)) {
 		partner_key(&s->key, &between, known);
 		reply = conntrack_lookup(&s->key);
-		if (reply && is_reverse(reply, &between) &&
-		    keep_entry(&s->key, in_map, reply, s->nat.last))
-			return INSERT_DONE;
+		if (reply && is_reverse(reply, &between)) {
+			if (known->seen & FLOW_SEEN & ~SEEN_REPLY)
+				mark_seen(reply, SEEN_RST);
+			else if (keep_entry(&s->key, in_map, reply, s->nat.last))
+				return INSERT_DONE;
+		}
 	}
 	s->nat.src = *addr;
 	return insert_source(skb, s, &between, s->is_known ? known : NULL);
+}
+
+/*
+ * Says if the pair is there that masquerades a flow with the entry @nat, and has its port: the map
+ * may have evicted entries of it, and the port may be another flow's since.
+ */
+static __always_inline bool has_its_masquerade(struct scratch *s, const struct nat *nat, u8 proto)
+{
+	const struct nat *original, *reply;
+	struct flow between;
+
+	masquerade_key(&between, nat, proto);
+	original = conntrack_lookup(&between);
+	if (!original || !is_masquerade(original))
+		return false;
+	partner_key(&s->key, &between, original);
+	reply = conntrack_lookup(&s->key);
+	/* A packet that leaves puts it back: see conntrack_keep_partner(). */
+	return !reply || is_reverse(reply, &between);
 }
 
 /*

@@ -38,13 +38,15 @@ static __always_inline u64 timeout(const struct sweep *s, u32 row, u8 seen, u64 
 }
 
 /* Says if a flow has timed out, from the two entries of its pair. */
-static __always_inline u64 is_over(const struct nat *original, const struct nat *reply, u32 row,
-				   u64 now)
+static __always_inline u64 is_over(const struct flow *flow, const struct nat *original,
+				   const struct nat *reply, u32 row, u64 now)
 {
 	const u64 ahead = is_less(original->last, reply->last);
 	const u64 last = select(ahead, reply->last, original->last);
 	const u64 lasted = is_less(original->created + NSEC_PER_SEC - 1, last);
-	const u64 limit = timeout(map_value(sweep), row, original->seen | reply->seen, lasted);
+	const u64 answers = is_half_open(flow, original, reply) * SEEN_REPLY;
+	const u8 seen = (original->seen | reply->seen) & ~answers;
+	const u64 limit = timeout(map_value(sweep), row, seen, lasted);
 
 	return is_less(last + limit, now);
 }

@@ -6,6 +6,7 @@
 #include "conntrack.h"
 #include "device.h"
 #include "frontend.h"
+#include "masquerade.h"
 #include "stale.h"
 #include "timeout.h"
 
@@ -60,32 +61,38 @@ static __always_inline bool is_stale(const struct packet *p, const struct nat *n
 
 /*
  * Says if a packet that may begin a flow has the entry of one that has timed out, and that no sweep
- * has ended yet, as while no agent runs. It begins anew, as with netfilter: the map may have
- * evicted its masquerade meanwhile, without which the backend would see the client. An SCTP
- * association goes on; and where the option of DSR makes the entries, its sender decides.
+ * has ended yet, as while no agent runs. It begins anew, as with netfilter. So does one of which
+ * the map has evicted what it needs: its replies would go astray, or its backend would see the
+ * client. Where the option of DSR makes the entries its sender decides.
  */
-static __always_inline bool has_timed_out(const struct packet *p, const struct nat *nat, bool opens)
+static __always_inline bool is_over_or_lost(const struct packet *p, const struct nat *nat,
+					    bool opens)
 {
+	const struct flow *flow = &p->flow;
 	struct scratch *s = scratch_of(p);
 	const u64 now = coarse_now(s);
 	const struct nat *reply;
 
-	if ((s64)(now - nat->last) <= (s64)NSEC_PER_SEC ||
-	    !(opens || service_protocol(p->flow.proto) == IPPROTO_UDP) ||
+	if ((s64)(now - nat->last) <= (s64)NSEC_PER_SEC || (flow->proto == IPPROTO_TCP && !opens) ||
 	    (DSR_ACCEPTS && nat->flags & NAT_DSR_BACKEND))
 		return false;
-	partner_key(&s->key, &p->flow, nat);
+	partner_key(&s->key, flow, nat);
 	reply = conntrack_lookup(&s->key);
-	if (!reply || !is_reverse(reply, &p->flow))
+	if (!reply || (DSR_SENDS && is_dsr_original(nat)))
 		reply = nat;
-	return is_over(nat, reply, timeouts_of(p->flow.proto), now);
+	else if (!is_reverse(reply, flow))
+		return true;
+	/* The time of a flow's last packet is known to a second. */
+	if (is_over(flow, nat, reply, timeouts_of(flow->proto), now - NSEC_PER_SEC))
+		return true;
+	return nat->seen & SEEN_MASKED && !has_its_masquerade(s, nat, flow->proto);
 }
 
 enum flow_verdict {
 	FLOW_FORWARD,
 	FLOW_RESTART, /* handled as the first packet */
 	FLOW_MOVE,    /* the same, because its backend has left */
-	FLOW_OVER,    /* the same, and nothing is left of the former flow */
+	FLOW_OVER,    /* the same, because it has timed out, or lost an entry */
 	FLOW_REJECT,  /* a connection that has lost its backend */
 };
 
@@ -111,8 +118,8 @@ static __always_inline enum flow_verdict flow_verdict_of(const struct packet *p,
 	/* A client that uses its port again opens another connection. */
 	if (opens && is_closed(nat))
 		return FLOW_RESTART;
-	return !(nat->flags & NAT_SOURCE) && has_timed_out(p, nat, opens) ? FLOW_OVER
-									  : FLOW_FORWARD;
+	return !(nat->flags & NAT_SOURCE) && is_over_or_lost(p, nat, opens) ? FLOW_OVER
+									    : FLOW_FORWARD;
 }
 
 #endif

@@ -24,7 +24,7 @@ from ebpfproxy.datapath.abi.flow_layout import (
     RemovalReason,
     Seen,
 )
-from ebpfproxy.datapath.abi.layout import U32, pack_name
+from ebpfproxy.datapath.abi.layout import NSEC_PER_SEC, U32, pack_name
 from ebpfproxy.datapath.abi.socket_layout import OriginKind, origin_frontend, origin_use, with_origin_ids
 from ebpfproxy.datapath.flows import map_migration
 from ebpfproxy.datapath.flows.map_migration import MapMigration
@@ -385,3 +385,12 @@ def test_terminating_backend_that_another_service_selects_is_a_former_one_of_wha
     old.writer.apply([port("a", [2], terminating=(1,)), *others])
     former = former_backends(pins, new.maps)
     assert former[port("a", []).key] == {backend(1), backend(2)}
+
+
+def test_flow_that_went_on_after_an_agent_was_killed_has_its_later_time(flows: _Flows) -> None:
+    """Programs for the old maps go on until an agent gets to the end: the flow has not timed out since its first copy."""
+    flows.put(flows.old, 1001, created=10, seen=1, last=20)
+    assert flows.copied()[2] == 20
+    flows.find_maps_of_a_killed_agent()
+    flows.put(flows.old, 1001, created=10, seen=1, last=900 * NSEC_PER_SEC)
+    assert flows.copied()[2] == 900 * NSEC_PER_SEC

@@ -99,9 +99,11 @@ def test_agent_killed_at_every_step_of_a_restart(faulted: Faulted) -> None:
 @pytest.mark.faults
 @pytest.mark.parametrize("error", [errno.ENOMEM, errno.ENOSPC, errno.EPERM], ids=errno.errorcode.get)
 def test_every_step_of_a_start_fails(faulted: Faulted, error: int) -> None:
-    """A system call fails at every step of a start that loads programs: the agent says so in a line, or goes on."""
-    # Load makes 2,000 entries a second, and none of so many agents in a row lives for a sweep.
-    room = ("--max-conntrack", "2097152")
+    """A system call fails at every step of a start that loads programs: the agent says so in a line, or goes on.
+
+    None of so many agents in a row lives for a sweep: load makes 2,000 entries a second, which fill a small table.
+    """
+    room = ("--max-conntrack", "131072")
     faulted.agent(*room).start().kill()
     fault = f"{errno.errorcode[error]} at every step of a start with other options"
     ladder = Ladder(Fault(error=error))

@@ -7,6 +7,7 @@ import ipaddress
 import pytest
 from scapy.layers.inet import TCP
 
+from ebpfproxy.datapath.abi.flow_layout import Seen
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts, flows_of
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import format_endpoint
@@ -71,7 +72,7 @@ class Connection:
         ]
         for row, keys in flows_of(entries, Timeouts(), 0, {}):
             if row.client == _endpoint(client, self.port):
-                seen = [value[45] & ~1 for key, value in entries if key in keys]
+                seen = [value[45] & ~(Seen.REPLY | Seen.MASKED) for key, value in entries if key in keys]
                 return row.state, seen.count(max(seen))
         raise AssertionError("there is no such flow")
 

@@ -262,7 +262,10 @@ def table(
                         if kind == "ClusterIP":
                             policy = spec.get("internalTrafficPolicy") or "Cluster"
                         elif scope == "external":
-                            policy = spec.get("externalTrafficPolicy") or "Cluster"
+                            is_external = spec.get("type", "ClusterIP") != "ClusterIP" or spec.get(
+                                "externalIPs"
+                            )
+                            policy = (is_external and spec.get("externalTrafficPolicy")) or "Cluster"
                         used: frozenset[str] | str = frozenset(local if policy == "Local" else cluster)
                         if not used:
                             used = "dropped" if cluster else "rejected"

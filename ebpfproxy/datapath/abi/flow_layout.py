@@ -54,6 +54,8 @@ class Seen(enum.IntFlag):
     #: A sweep has found it claimed.
     LEFT_1 = 1 << 5
     LEFT_2 = 1 << 6
+    #: The flow has a masquerade, with entries of its own.
+    MASKED = 1 << 7
 
 
 AFFINITY_KEY = struct.Struct("=16sII")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ebpfproxy.datapath.abi import flow_layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import NAT_STATE, NO_USE, BackendUse, Entry, Seen
-from ebpfproxy.datapath.abi.layout import NOBODY, U32, U64
+from ebpfproxy.datapath.abi.layout import NOBODY, NSEC_PER_SEC, U32, U64
 from ebpfproxy.datapath.abi.schema import FLOW_MARKS, SCHEMA_VERSION
 from ebpfproxy.datapath.abi.socket_layout import DATAGRAM_NOBODY
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
@@ -288,7 +288,12 @@ def _put_flow(flows: Map, entry: Entry) -> bool:
     known = Entry(entry.key, value)
     if entry.created > known.created:
         flows.update_many({entry.key: entry.value})
-    elif entry.created == known.created and not known.seen & Seen.CLAIMED and entry.seen & ~known.seen:
+    elif (
+        entry.created == known.created
+        and not known.seen & Seen.CLAIMED
+        # If an agent that has copied the flow was killed, programs for the old maps have gone on since.
+        and (entry.seen & ~known.seen or entry.last > known.last + NSEC_PER_SEC)
+    ):
         later = known if known.last >= entry.last else entry
         flows.update_many({entry.key: later.with_seen(entry.seen | known.seen)})
     return False

@@ -1,7 +1,8 @@
 """The sweep of the conntrack map, which ends flows that have timed out.
 
-Packets' programs never look for old entries. A sweep reads the whole map in batches, and for each entry runs
-``bpf/sweep.c``, which decides and deletes: an entry whose other half is still in use stays.
+A packet's program ends the flow that it begins anew, or whose port it needs; others stay until a sweep. That
+reads the whole map in batches, and for each entry runs ``bpf/sweep.c``, which decides and deletes: an entry
+whose other half is still in use stays.
 """
 
 from __future__ import annotations

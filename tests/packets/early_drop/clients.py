@@ -24,6 +24,9 @@ COUNT = LAST - FIRST + 1
 #: Fields of struct nat.
 _SOURCE_PORT_AT, _DESTINATION_PORT_AT, _SEEN_AT, _LAST_AT = 32, 34, 45, 48
 TARGETS = {protocol: ports[2] for protocol, ports in PORTS.items()}
+#: Another Service has two backends elsewhere: NodePorts by protocol, addresses by family.
+NODE_PORTS_OF_TWO = {protocol: 30600 + number for number, protocol in enumerate(PORTS)}
+BACKENDS_OF_TWO = {4: ("10.244.2.5", "10.244.2.6"), 6: ("fd00:10:244:2::5", "fd00:10:244:2::6")}
 
 
 class Part(enum.Enum):
@@ -46,11 +49,14 @@ class Client:
     """A flow of a client outside to a NodePort with a backend elsewhere, on its way through the node's programs."""
 
     def __init__(
-        self, wire: Wire, family: FamilyAddresses, protocol: str, number: int, *, bypass: bool
+        self, wire: Wire, family: FamilyAddresses, protocol: str, number: int, *, bypass: bool, of_two: bool
     ) -> None:
         self.wire, self.family, self.protocol, self.bypass = wire, family, protocol, bypass
         self.address = f"198.51.100.{number}" if family.version == 4 else f"2001:db8:51::{number:x}"
         self.port = 20000 + number
+        self.node_port = NODE_PORTS_OF_TWO[protocol] if of_two else PORTS[protocol][1]
+        self._backends = BACKENDS_OF_TWO[family.version] if of_two else (family.remote_pod,)
+        self.backend = ""
         self.snat_port = 0
 
     def _segment(self, sport: int, dport: int, flags: str, seq: int, ack: int) -> Packet:
@@ -61,23 +67,24 @@ class Client:
     def original(self, flags: str = "S", seq: int = 1000, ack: int = 0) -> bool:
         """Sends a packet; returns False where it is dropped or rejected. Notes the port that the backend sees."""
         family, target = self.family, TARGETS[self.protocol]
-        sent = self._segment(self.port, PORTS[self.protocol][1], flags, seq, ack)
+        sent = self._segment(self.port, self.node_port, flags, seq, ack)
         result = self.wire.ingress(family.ip(self.address, family.node) / sent)
-        if result.verdict == DROP or ip_of(result.packet).dst != family.remote_pod:
+        if result.verdict == DROP or ip_of(result.packet).dst not in self._backends:
             return False
+        self.backend = ip_of(result.packet).dst
         if not self.bypass:
             sent = self._segment(self.port, target, flags, seq, ack)
-            result = self.wire.egress(family.ip(self.address, family.remote_pod) / sent, iif="eth0")
+            result = self.wire.egress(family.ip(self.address, self.backend) / sent, iif="eth0")
         assert result.verdict == (REDIRECT if self.bypass else PASS)
         source, self.snat_port, to, port = ends_of(result.packet)
-        assert (source, to, port) == (family.node, family.remote_pod, target)
+        assert (source, to, port) == (family.node, self.backend, target)
         return True
 
     def reply(self, flags: str = "SA", seq: int = 5000, ack: int = 1001) -> str:
         """Sends a packet of the backend to the port that it has seen; returns the client that gets it."""
         family, target = self.family, TARGETS[self.protocol]
         sent = self._segment(target, self.snat_port, flags, seq, ack)
-        result = self.wire.ingress(family.ip(family.remote_pod, family.node) / sent)
+        result = self.wire.ingress(family.ip(self.backend, family.node) / sent)
         if not self.bypass:
             result = self.wire.egress(result.packet, iif="eth0")
         return str(ip_of(result.packet).dst)
@@ -101,9 +108,10 @@ class Clients:
         self._wire, self._family, self.tables, self._bypass = wire, family, tables, bypass
         self._numbers = iter(range(10, 250))
 
-    def new(self, protocol: str = "TCP") -> Client:
+    def new(self, protocol: str = "TCP", *, of_two: bool = False) -> Client:
+        """``of_two``: of the Service with two backends."""
         number = next(self._numbers)
-        return Client(self._wire, self._family, protocol, number, bypass=self._bypass)
+        return Client(self._wire, self._family, protocol, number, bypass=self._bypass, of_two=of_two)
 
     def entries(self, client: Client) -> list[Entry]:
         address = ipaddress.ip_address(client.address).packed
@@ -114,12 +122,12 @@ class Clients:
             if address in (each.flow.source, each.flow.destination, each.nat.source, each.nat.destination)
         ]
 
-    def silence(self, client: Client, seconds: int) -> None:
+    def silence(self, client: Client, seconds: float) -> None:
         """Makes a flow silent for so many seconds more."""
         for entry in self.entries(client):
             self.silence_entry(entry, seconds)
 
-    def silence_entry(self, entry: Entry, seconds: int) -> None:
+    def silence_entry(self, entry: Entry, seconds: float) -> None:
         self._change(entry, _LAST_AT, U64.pack(earlier(entry.last, seconds)))
 
     def lose(self, client: Client, part: Part) -> None:

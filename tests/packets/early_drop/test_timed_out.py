@@ -1,4 +1,4 @@
-"""A flow has timed out, and no sweep has ended it, as while no agent runs: its next packet begins another one."""
+"""A flow that cannot go on begins anew: no sweep has ended it when it timed out, or the full table took its entries."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tests.packets.early_drop.clients import COUNT, Client, Clients, Part, part_
 
 pytestmark = pytest.mark.root
 
-#: Just longer than a flow may be silent (Timeouts): in UDP one with a reply, in TCP one without.
-SILENT = {"UDP": 31, "TCP": 61}
+#: Just longer than a flow may be silent (Timeouts): in UDP and SCTP one with a reply, in TCP one without.
+SILENT = {"UDP": 32, "TCP": 62, "SCTP": 302}
 
 
 def begun(clients: Clients, client: Client) -> dict[Part, int]:
@@ -17,10 +17,16 @@ def begun(clients: Clients, client: Client) -> dict[Part, int]:
     return {part_of(entry): entry.nat.created for entry in clients.entries(client)}
 
 
+def lose_masquerade(clients: Clients, client: Client, bypass: bool) -> None:
+    if not bypass:
+        clients.lose(client, Part.MASQUERADE)
+        clients.lose(client, Part.PORT)
+
+
 def make(clients: Clients, protocol: str) -> Client:
     client = clients.new(protocol)
     assert client.original()
-    if protocol == "UDP":
+    if protocol != "TCP":
         assert client.reply() == client.address
     return client
 
@@ -48,6 +54,40 @@ def test_flow_that_has_timed_out_begins_anew(
     assert after.keys() == before.keys()
     made_anew = (Part.MASQUERADE, Part.PORT) if bypass else (Part.ORIGINAL, Part.REPLY)
     assert all(after[part] > before[part] for part in made_anew)
+
+
+@pytest.mark.parametrize("evicted", [(Part.MASQUERADE, Part.PORT), (Part.MASQUERADE,)])
+def test_flow_that_has_lost_its_masquerade_begins_anew(
+    clients: Clients, protocol: str, evicted: tuple[Part, ...]
+) -> None:
+    """It has not timed out. A packet looks for it at most once a second."""
+    client = make(clients, protocol)
+    for part in evicted:
+        clients.lose(client, part)
+    clients.silence(client, 2)
+    assert client.original()
+    assert client.reply() == client.address
+
+
+def test_flow_whose_port_is_another_one_s_by_now_begins_anew(clients: Clients, protocol: str) -> None:
+    """The table has evicted the entry of its reply. The other flow keeps the port."""
+    client = make(clients, protocol)
+    clients.give_away(client, Part.PORT)
+    clients.silence(client, 2)
+    port = client.snat_port
+    assert client.original()
+    assert client.snat_port != port
+    assert client.reply() == client.address
+
+
+def test_half_open_connection_begins_anew_when_it_has_timed_out(clients: Clients, bypass: bool) -> None:
+    """The client has never acknowledged the answer: a SYN flood fills the table with such."""
+    client = clients.new()
+    assert client.original()
+    assert client.reply() == client.address
+    clients.silence(client, SILENT["TCP"])
+    lose_masquerade(clients, client, bypass)
+    assert client.original("S", 7_000_000)
 
 
 def test_flow_goes_on_until_it_has_timed_out(clients: Clients, protocol: str) -> None:
@@ -86,14 +126,42 @@ def test_flow_that_begins_anew_leaves_no_port_behind(clients: Clients, protocol:
     assert clients.early_drops() == before
 
 
-def test_association_goes_on(clients: Clients) -> None:
-    """Its chunks alone do not begin one."""
+def test_port_at_another_backend_is_free_for_others(clients: Clients, protocol: str) -> None:
+    """A flow that begins anew chooses any backend, and need not come back to the one that it has left."""
+    for _ in range(4 * COUNT):
+        client, backends = clients.new(protocol, of_two=True), set[str]()
+        while len(backends) < 2:
+            assert client.original(), "there is a port for it"
+            backends.add(client.backend)
+            clients.silence(client, SILENT[protocol])
+
+
+def test_port_stays_while_one_side_sends_after_a_connection_that_one_side_had_closed(
+    clients: Clients,
+) -> None:
+    """The backend knows by it which of the two connections it is."""
+    client = clients.new()
+    client.establish()
+    assert client.original("FA", 1001, 5001)
+    clients.silence(client, 3602)
+    assert client.original("S", 900000)
+    assert client.reply("SA", 7000, 900001) == client.address
+    assert client.original("A", 900001, 7001)
+    for _ in range(COUNT - 1):
+        clients.new().establish()
+    assert client.reply("FA", 7001, 900001) == client.address
+    assert client.original("A", 900001, 7002)
+    other = clients.new()
+    assert not other.original() or other.snat_port != client.snat_port
+
+
+def test_association_that_has_timed_out_needs_a_chunk_that_begins_one(clients: Clients) -> None:
+    """Data alone does not, with netfilter neither."""
     client = clients.new("SCTP")
     client.establish()
-    clients.silence(client, 301)
-    before = begun(clients, client)
-    assert client.is_alive()
-    assert begun(clients, client) == before
+    clients.silence(client, SILENT["SCTP"])
+    assert not client.original("A")
+    assert client.original()
 
 
 def test_established_connection_goes_on(clients: Clients) -> None:

@@ -300,7 +300,7 @@ def _unclaimed(entry: Entry) -> Entry:
 
 
 def nameless(number: int) -> ServicePortKey:
-    """Stands for a Service that is gone, by its id in maps of other sizes, while its connections are copied."""
+    """Stands for a Service that is gone, by its id in other maps, while its connections are copied."""
     return ServicePortKey("", f"deleted-{number}", "", Protocol.TCP, Family.IPV4)
 
 

@@ -39,8 +39,8 @@ _JSON_PATCH = "application/json-patch+json"
 _READ_SECONDS = 30.0
 #: A server that answers nothing for so long is given up, unless a command has a ``--timeout``.
 _SILENCE_SECONDS = 60.0
-#: A request may take so much longer than the wait that it is sent in: a server may be slow, and the wait shorter
-#: than an answer. A server that answers nothing already is not waited for again.
+#: A request may take so much longer than the wait that it is sent in: a server may be slow, and the wait
+#: shorter than an answer. A server that answers nothing already is not waited for again.
 _LATE_SECONDS = 5.0
 #: A request gets so much even where the server was silent for too long: what ends a command asks once more.
 _LEAST_SECONDS = 1.0

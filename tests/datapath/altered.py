@@ -31,7 +31,7 @@ bpf_ktime_get_ns();
     return Place(file, part, loop + part)
 
 
-#: Of packet programs.
+#: These are places in packet programs.
 OVERTAKEN = [
     # Between the look-up of an entry and its copy.
     _slow("lib/conntrack.h", "\t\t*copy = *nat;\n"),
@@ -46,7 +46,7 @@ OVERTAKEN = [
         "\tif (conntrack_lookup(&s->key) == closed && is_closed(closed))\n",
     ),
 ]
-#: Of the sweep. What overtakes it is told by a client's port, and by entries with ``pad`` in their key.
+#: These are places in the sweep. A client's port, and entries with ``pad`` in their key, tell what overtakes it.
 OVERTAKEN_SWEEP = [
     # After the entry of the reply direction has been claimed.
     Place(

@@ -19,7 +19,7 @@ from tests.datapath.test_conntrack import BACKEND, CLIENT, NODE, Bench
 
 pytestmark = pytest.mark.root
 
-#: What happens to a flow, by its client's port.
+#: The client's port tells what happens to a flow.
 EVENTS = {
     1: "a packet",
     2: "a packet of the other direction",
@@ -28,7 +28,7 @@ EVENTS = {
     5: "another entry",
     6: "another entry of the other direction",
 }
-#: Of a flow that nothing happens to.
+#: Nothing happens to a flow of this port.
 PORT = 1000
 
 
@@ -96,7 +96,7 @@ def test_flow_that_begins_again_while_its_masquerade_ends(bench: Bench, *, has_m
         if not is_masquerade:
             bench.maps["conntrack"].delete(each.key)
     for port in ports:
-        # Of some the Service's pair ends with the masquerade, of others it has ended before.
+        # Some still have the Service's pair, which ends with the masquerade.
         if port % 2:
             bench.pair(port, protocol=Protocol.UDP, idle=31)
         masquerade(bench, port, 31)

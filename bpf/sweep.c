@@ -117,19 +117,6 @@ static __always_inline void delete_entry(struct sweep *s, const struct flow *key
 		s->deleted++;
 }
 
-/* Turns @flow into its other direction, where that leaves this host. */
-static __always_inline void reverse_at_egress(struct flow *flow)
-{
-	const struct inet_addr src = flow->src;
-	const __be16 sport = flow->sport;
-
-	flow->src = flow->dst;
-	flow->sport = flow->dport;
-	flow->dst = src;
-	flow->dport = sport;
-	flow->stage = STAGE_EGRESS;
-}
-
 enum outcome {
 	GONE,
 	KEPT,
@@ -220,8 +207,7 @@ static __always_inline enum outcome end_if_over(struct sweep *s, const struct fl
  */
 static __always_inline void end_unmasked(struct sweep *s)
 {
-	s->partner_key = s->other_key;
-	reverse_at_egress(&s->partner_key);
+	s->partner_key = reverse_of(&s->other_key, STAGE_EGRESS);
 	if (conntrack_lookup(&s->partner_key) || !conntrack_read(&s->other_key, &s->nat))
 		return;
 	partner_key(&s->partner_key, &s->other_key, &s->nat);
@@ -245,14 +231,14 @@ static __always_inline enum outcome end_flow_if_over(struct sweep *s, const stru
 		s->other_key = *key;
 	else
 		partner_key(&s->other_key, key, nat);
-	reverse_at_egress(&s->other_key);
+	s->other_key = reverse_of(&s->other_key, STAGE_EGRESS);
 	s->key = *key;
 	if (!is_source) {
 		outcome = end_if_over(s, &s->key);
 		if (outcome == ENDED && conntrack_read(&s->other_key, &s->nat) &&
 		    (s->nat.flags & (NAT_SOURCE | NAT_REPLY)) == NAT_SOURCE &&
 		    end_if_over(s, &s->other_key) == ENDED) {
-			reverse_at_egress(&s->other_key);
+			s->other_key = reverse_of(&s->other_key, STAGE_EGRESS);
 			end_unmasked(s);
 		}
 		return outcome;

@@ -28,19 +28,6 @@ static __always_inline bool can_open_flow(struct __sk_buff *skb, const struct pa
 	return true;
 }
 
-/* Returns the key of what answers @flow, at another or the same stage. */
-static __always_inline struct flow reverse_of(const struct flow *flow, enum stage stage)
-{
-	return (struct flow) {
-		.src = flow->dst,
-		.dst = flow->src,
-		.sport = flow->dport,
-		.dport = flow->sport,
-		.proto = flow->proto,
-		.stage = stage,
-	};
-}
-
 /*
  * Says if a packet to no frontend opens a direct flow whose replies would be taken for a Service's:
  * its client reaches the same backend through a Service from the same port. What a program below

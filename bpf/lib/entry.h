@@ -53,6 +53,19 @@ static __always_inline bool is_closed(const struct nat *nat)
 	return has_closed(nat->seen);
 }
 
+/* Returns the key of what answers @flow, at another or the same stage. */
+static __always_inline struct flow reverse_of(const struct flow *flow, enum stage stage)
+{
+	return (struct flow) {
+		.src = flow->dst,
+		.dst = flow->src,
+		.sport = flow->dport,
+		.dport = flow->sport,
+		.proto = flow->proto,
+		.stage = stage,
+	};
+}
+
 static __always_inline struct nat *conntrack_lookup(const struct flow *flow)
 {
 	return map_lookup(conntrack, flow);

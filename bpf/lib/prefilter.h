@@ -11,15 +11,15 @@
 #include "service_cidr.h"
 
 /*
- * Says if a packet that comes in may be of a Service or of a flow. Direct packets to a backend
- * matter where it may have a Service's replies for the client. Errors about its replies come from
- * any router.
+ * Says if a packet that comes in may be of a Service or of a flow, which outlives its Service.
+ * Direct packets to a backend matter where it may have a Service's replies for the client. Errors
+ * about its replies come from any router.
  */
 static __always_inline bool concerns_ingress(const struct inet_addr *src,
 					     const struct inet_addr *dst, u8 proto)
 {
-	return address_of_interest(dst) || flow_of_interest(dst, src) || proto == IPPROTO_ICMP ||
-	       proto == IPPROTO_ICMPV6;
+	return address_of_interest(dst) || flow_of_interest(src, dst) ||
+	       flow_of_interest(dst, src) || proto == IPPROTO_ICMP || proto == IPPROTO_ICMPV6;
 }
 
 /* Says the same, or that the client may have to be noted, as by handle_ingress(). */

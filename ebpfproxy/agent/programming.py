@@ -13,13 +13,13 @@ from ebpfproxy.agent import kube_events
 from ebpfproxy.agent.serving import Serving
 from ebpfproxy.agent.status_record import Status
 from ebpfproxy.datapath.services.capacity import CapacityError
-from ebpfproxy.datapath.services.former import Former, with_former
+from ebpfproxy.datapath.services.former import Former, with_former, without_service
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.health.node_port import ServiceHealth
 from ebpfproxy.kube.events.event import KubeEvent
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
-from ebpfproxy.services.model import Family
+from ebpfproxy.services.model import Family, ServicePortKey
 from ebpfproxy.services.tracker import Tracker, Update
 
 log = get_logger(__name__)
@@ -59,6 +59,8 @@ class Programming:
         self._started = started
         #: True once everything that is known has been programmed.
         self.complete = False
+        #: What has an id for the copy of its connections only.
+        self._gone = set[ServicePortKey]()
 
     @property
     def is_due(self) -> bool:
@@ -71,10 +73,16 @@ class Programming:
         began = time.monotonic()
         update = self._tracker.drain()
         full = not self.complete
-        if full and (former := self._former()):
+        former = self._former() if full else {}
+        if former:
             # What is not wanted any more then leaves with the complete state, as it would in maps that stay.
             self._writer.apply(list(with_former(update.changed, former)))
         problems = self._writer.apply(update.changed, update.removed, complete=full)
+        self._gone.difference_update(port.key for port in update.changed)
+        if gone := list(without_service(update.changed, former)):
+            # Where there is no room for it, its connections are not copied.
+            self._writer.apply(gone)
+            self._gone = {port.key for port in gone}
         done = time.monotonic()
         if full or len(update.changed) > _MANY_CHANGES:
             # What is known now mostly stays: the collector, which the agent begins without, need not walk it
@@ -98,6 +106,12 @@ class Programming:
                 backends=self._writer.backends,
                 seconds=round(done - began, 3),
             )
+
+    def drop_gone(self) -> None:
+        """Removes what is no Service any more: its connections have been copied from maps of other sizes."""
+        if self._gone:
+            self._writer.apply((), self._gone)
+            self._gone.clear()
 
     def _measure(self, update: Update, began: float, done: float, *, full: bool) -> None:
         """``began`` and ``done`` are monotonic seconds."""

@@ -357,6 +357,7 @@ class Agent:
                 self._programs.attach(self._started)
                 if self._programs.attached:
                     self._serving.health.attached()
+                    self._programming.drop_gone()
             self._serving.follow(complete=self._programming.complete)
             self._tell_of_devices()
             self._tracing.follow()

@@ -39,6 +39,9 @@ _JSON_PATCH = "application/json-patch+json"
 _READ_SECONDS = 30.0
 #: A server that answers nothing for so long is given up, unless a command has a ``--timeout``.
 _SILENCE_SECONDS = 60.0
+#: A request may take so much longer than the wait that it is sent in: a server may be slow, and the wait
+#: shorter than an answer. A server that answers nothing already is not waited for again.
+_LATE_SECONDS = 5.0
 #: A request gets so much even where the server was silent for too long: what ends a command asks once more.
 _LEAST_SECONDS = 1.0
 _TRIES = 4
@@ -120,6 +123,11 @@ class _Silence:
         with self._lock:
             return self._seconds if self._since is None else self._since + self._seconds - time.monotonic()
 
+    @property
+    def has_begun(self) -> bool:
+        """True if the last request has failed without an answer."""
+        return self._since is not None
+
     def answered(self) -> None:
         with self._lock:
             self._since, self._answered = None, time.monotonic()
@@ -176,10 +184,7 @@ class Api:
         raise ConfigError(f"{paths}: no such kubeconfig, and this is no pod: name a --kubeconfig")
 
     def within(self, wait: Wait | None) -> Api:
-        """The same server, for requests that end with ``wait``.
-
-        The last one may take as long as any other: a server may be slow, and the wait shorter than an answer.
-        """
+        """The same server, for requests that end with ``wait``, or soon after it."""
         made = copy.copy(self)
         made._wait = wait
         return made
@@ -306,7 +311,8 @@ class Api:
     ) -> Reply:
         left = self._silence.left()
         if self._wait is not None:
-            left = min(left, max(_READ_SECONDS, self._wait.left))
+            late = 0.0 if self._silence.has_begun else _LATE_SECONDS
+            left = min(left, max(0.0, self._wait.left) + late)
         try:
             reply = self._connection.call(
                 method,

@@ -19,7 +19,7 @@ from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.flows.origins import stale_sockets
 from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
 from ebpfproxy.datapath.kernel.grace import Grace
-from ebpfproxy.datapath.services.former import former_backends, with_former
+from ebpfproxy.datapath.services.former import former_backends, with_former, without_service
 from ebpfproxy.datapath.services.retirement import Retirement
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import Backend, Family, FrontendKind, Protocol, ServicePort
@@ -88,12 +88,15 @@ class _Agent(Sockets):
 
     def start(self, pins: Path, stack: ExitStack, wanted: list[ServicePort]) -> None:
         """Programs all, and copies what maps of other sizes have, which then go."""
-        if former := former_backends(pins, self.maps):
-            self.writer.apply(list(with_former(wanted, former)))
+        former = former_backends(pins, self.maps)
+        self.writer.apply(list(with_former(wanted, former)))
         self.writer.apply(wanted, complete=True)
+        gone = list(without_service(wanted, former))
+        self.writer.apply(gone)
         migration = MapMigration(pins, self.maps, self.programs)
         stack.callback(migration.close)
         migration.copy()
+        self.writer.apply((), [each.key for each in gone])
         for other in pins.iterdir():
             if other != self.maps.folder:
                 shutil.rmtree(other)
@@ -181,12 +184,14 @@ def test_frontend_that_somebody_has_deleted_from_the_map_is_not_lost(
     assert agent.stale() == {COOKIE}
 
 
+@pytest.mark.parametrize("tcp_ends", [StaleTcp.GONE, StaleTcp.UNREADY])
 @pytest.mark.parametrize("has_moved", [False, True], ids=["deleted", "moved"])
 @pytest.mark.parametrize("slots", [64, 128], ids=["same size", "other size"])
 def test_sockets_of_a_service_that_was_deleted_while_no_agent_ran(
-    pins: Path, stack: ExitStack, slots: int, has_moved: bool
+    pins: Path, stack: ExitStack, slots: int, has_moved: bool, tcp_ends: StaleTcp
 ) -> None:
-    """Datagrams leave it, also if the search is an agent's that has found everything copied. TCP stays."""
+    """Datagrams leave it, also if the search is an agent's that has found everything copied. TCP stays, unless it
+    leaves whatever is not ready."""
     tcp = port("t", [3])
     agent = _Agent(pins, stack)
     agent.start(pins, stack, [BEFORE[0], BEFORE[1], tcp])
@@ -196,10 +201,11 @@ def test_sockets_of_a_service_that_was_deleted_while_no_agent_ran(
     number = next(n for n in agent.maps.backends().ids() if agent.backend(n) == tcp.cluster[0])
     record = origin(OWN, agent.backend(number).address, cookie=COOKIE + 1)
     assert agent.programs.restore([with_origin_ids(record, BackendUse(service, number), 7)]) == 1
+    ended = {COOKIE} if tcp_ends is StaleTcp.GONE else {COOKIE, COOKIE + 1}
     for each in (slots, slots, 2 * slots):
         successor = _Agent(pins, stack, each)
         successor.start(pins, stack, [_udp("b", has=has_moved)])
-        assert successor.stale(StaleTcp.GONE) == {COOKIE}
+        assert successor.stale(tcp_ends) == ended
 
 
 @pytest.mark.parametrize("protocol", [Protocol.UDP, Protocol.TCP])

@@ -73,7 +73,7 @@ class Sockets:
         """Returns the number of records in other maps that the slot counts."""
         found = self.maps["sock_origin"].lookup(U32.pack(number))
         assert found
-        return socket_layout.origin_elsewhere(found)
+        return int(socket_layout.ORIGIN.unpack(found)[-1])
 
     def connected(self) -> list[tuple[int, bytes, bytes]]:
         """Returns cookie, frontend and backend of each connected socket."""

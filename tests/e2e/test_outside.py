@@ -177,6 +177,41 @@ def test_flows_survive_a_change_of_map_sizes(
     assert len(running.result["errors"]) < 5, running.result
 
 
+@pytest.mark.parametrize("is_watched", [True, False], ids=["while an agent runs", "while no agent runs"])
+def test_connections_outlive_their_service(cluster: OutsideClientCluster, *, is_watched: bool) -> None:
+    """As with kube-proxy, although nothing else has the address then; also the next agents, with maps of any size."""
+    agent = cluster.lab.agents[-1]
+    addresses = "203.0.113.31", "10.96.1.31", "fd00:10:96::31"
+    balancer, *cluster_ips = addresses
+    for address in cluster_ips:
+        cluster.outside.route(address, cluster.a)
+    cluster.add_load_balancer("deleted", cluster_ips[0], balancer, [cluster.endpoint_on_b()])
+    cluster.add("deleted6", cluster_ips[1], [manifests.endpoint(cluster.w2.address6, "node-b")])
+
+    def connected() -> list[bool]:
+        ask = clients.connect_error
+        return [cluster.outside.call(ask, each, 80, 0.3) == "connected" for each in addresses]
+
+    until(lambda: all(connected()), "the Services are not served")
+    held = [HeldConnection(cluster.outside, address, 80) for address in addresses]
+    if not is_watched:
+        agent.stop()
+    for name in ("deleted", "deleted6"):
+        cluster.remove(name)
+    if is_watched:
+        until(lambda: not any(connected()), "the Services are served still")
+        assert [each.ask() for each in held] == ["alive"] * 3
+        agent.stop()
+        agent = cluster.agent("--stale-tcp-seconds", "0.5").start()
+        assert [each.ask() for each in held] == ["alive"] * 3
+        agent.stop()
+    size = "1000" if is_watched else "500"
+    cluster.agent("--stale-tcp-seconds", "0.5", "--max-services", size).start()
+    assert [each.ask() for each in held] == ["alive"] * 3
+    assert not any(connected())
+    assert "deleted" not in cluster.a.cli("service", "list")
+
+
 # -- policies
 
 

@@ -84,6 +84,21 @@ class SharedBackendCluster:
         rows = json.loads(self.node.cli("backend", "list", "-o", "json"))
         return {f"{row['address']}/{row['protocol']}": row for row in rows}
 
+    def write_late(self, name: str, *addresses: str) -> None:
+        """Writes a Service of its own with these endpoints, and waits until it is programmed."""
+        endpoints = [manifests.endpoint(address, "node-a") for address in addresses]
+        manifests.write(
+            self.folder / f"{name}.yaml",
+            manifests.service(name, clusterIPs=[LATE], ports=PORTS),
+            manifests.slice_of(name, endpoints, ports=SLICE_PORTS),
+        )
+        until(lambda: self.is_served(name) is bool(addresses))
+
+    def is_served(self, name: str) -> bool:
+        """Says if a Service has an endpoint."""
+        rows = json.loads(self.node.cli("service", "list", "-o", "json"))
+        return any(row["backends"] for row in rows if row["name"] == name)
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SharedBackendCluster]:
@@ -198,35 +213,20 @@ def test_connection_that_outlives_its_service_is_no_later_ones(
 ) -> None:
     """The later Service would get the id of the former, and its connections would end with its endpoint."""
 
-    def write(name: str, *addresses: str) -> None:
-        endpoints = [manifests.endpoint(address, "node-a") for address in addresses]
-        manifests.write(
-            cluster.folder / f"{name}.yaml",
-            manifests.service(name, clusterIPs=[LATE], ports=PORTS),
-            manifests.slice_of(name, endpoints, ports=SLICE_PORTS),
-        )
-        until(lambda: _is_served(cluster, name) is bool(addresses))
-
     first = agent()
-    write("former", cluster.web.address)
+    cluster.write_late("former", cluster.web.address)
     holder = Holder(cluster.client, [("late", "tcp", LATE, 80, 1)])
     holder.wait()
     (cluster.folder / "former.yaml").unlink()
-    until(lambda: not _is_served(cluster, "former"))
+    until(lambda: not cluster.is_served("former"))
     first.kill()
     agent()
-    write("later", cluster.web.address)
-    write("later")
+    cluster.write_late("later", cluster.web.address)
+    cluster.write_late("later")
     holder.watch()
     assert ended(holder) == set()
     holder.close()
     (cluster.folder / "later.yaml").unlink()
-
-
-def _is_served(cluster: SharedBackendCluster, name: str) -> bool:
-    """Says if a Service has an endpoint."""
-    rows = json.loads(cluster.node.cli("service", "list", "-o", "json"))
-    return any(row["backends"] for row in rows if row["name"] == name)
 
 
 def test_backend_id_is_not_reused_while_connections_are_open(
@@ -247,6 +247,25 @@ def test_backend_id_is_not_reused_while_connections_are_open(
     holder.result()
     holder.watch()
     until(lambda: cluster.backends()[name]["open"] == 0)
+
+
+@pytest.mark.parametrize("sizes", [(), ("--max-services", "1000")], ids=["same size", "other size"])
+@pytest.mark.parametrize("option", ["unready", "gone"])
+def test_sockets_of_a_service_that_was_deleted_while_no_agent_ran(
+    cluster: SharedBackendCluster, agent: Callable[..., Agent], option: str, sizes: tuple[str, ...]
+) -> None:
+    """TCP outlives its Service, unless connections end once an endpoint is not ready."""
+    first = agent("--stale-tcp", option)
+    cluster.write_late("deleted", cluster.web.address)
+    holder = Holder(cluster.client, [("late", "tcp", LATE, 80, 1)])
+    holder.wait()
+    first.kill()
+    (cluster.folder / "deleted.yaml").unlink()
+    agent("--stale-tcp", option, *sizes)
+    assert not cluster.is_served("deleted")
+    holder.watch(int(option == "unready"))
+    assert ended(holder) == ({"late"} if option == "unready" else set())
+    holder.close()
 
 
 #: With two backends, half of the sockets are stale: 20,000.

@@ -48,7 +48,7 @@ def kept_elsewhere(node: LabNode) -> int:
     with maps_of(node) as maps:
         slots = maps["sock_origin"]
         return sum(
-            socket_layout.origin_elsewhere(value)
+            socket_layout.ORIGIN.unpack(value)[-1]
             for number in range(slots.spec.max_entries)
             if (value := slots.lookup(layout.U32.pack(number)))
         )

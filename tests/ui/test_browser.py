@@ -1,111 +1,24 @@
-"""The page in Chromium, on a lab node with a real agent: what is seen, by keyboard alone, light, dark and narrow.
-
-EBPFPROXY_PICTURES names a folder that keeps the pictures, to be looked at.
-"""
+"""The page in Chromium: what is seen."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ebpfproxy.datapath.programs.attach import attachments, program_id
 from tests.e2e.outside_client import OutsideClientCluster
-from tests.e2e.two_node_cluster import SERVICE_IPS
-from tests.lab import Lab, clients, manifests
+from tests.lab import clients
 from tests.lab.browser import Browser, needs_chromium
 from tests.lab.waiting import until
+from tests.ui.page import EVIL, VIEWS, WEB, go, rows, without_complaints
 from tests.ui.server import Ui
 
 pytestmark = [pytest.mark.root, needs_chromium]
-
-WEB = SERVICE_IPS["v4"]
-EVIL = "<img src=x onerror=\"window.hacked='zone'\"><script>window.hacked='script'</script>"
-_PICTURES = os.environ.get("EBPFPROXY_PICTURES", "")
-QUESTION = "explain?from=shop/client&to=shop/elsewhere:http"
-VIEWS = [
-    "services",
-    "services/shop/web",
-    "services/shop/odd",
-    "live",
-    "refusals",
-    "explain",
-    QUESTION,
-    "check",
-    "node",
-]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[OutsideClientCluster]:
-    with Lab() as lab:
-        made = OutsideClientCluster(lab)
-        # A zone may be any text, and so may the reasons that the agent makes of it.
-        odd = {**made.endpoint_on_a(), "zone": EVIL, "hints": {"forZones": [{"name": EVIL}]}}
-        manifests.write(
-            made.manifests / "odd.yaml",
-            manifests.service("odd", clusterIPs=["10.96.8.2"], trafficDistribution="PreferClose"),
-            manifests.slice_of("odd", [odd, made.endpoint_on_b(ready=False)]),
-        )
-        made.agent("--measure-connections", "--measure-traffic").start()
-        yield made
-
-
-@pytest.fixture(scope="module")
-def ui(cluster: OutsideClientCluster) -> Iterator[Ui]:
-    made = Ui(cluster.a)
-    yield made
-    assert made.end() == (0, "")
-
-
-@pytest.fixture(scope="module")
-def browser(cluster: OutsideClientCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    made = Browser(cluster.a, tmp_path_factory.mktemp("chromium") / "profile")
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def page(browser: Browser, ui: Ui) -> Browser:
-    browser.size(1200, 800)
-    browser.prefer("light")
-    browser.complaints.clear()
-    browser.requests.clear()
-    browser.open("about:blank")
-    browser.open(ui.address)
-    browser.wait_text("shop/web")
-    browser.wait("document.getElementById('health').innerText", lambda text: text == "● healthy")
-    return browser
-
-
-def go(page: Browser, view: str) -> None:
-    """Goes to a view, and waits for what it is about."""
-    address = f"#/{view}"
-    page.evaluate(f"void (location.hash = {address!r})")
-    link = f"#/{re.split('[/?]', view)[0]}"
-    page.wait("document.querySelector('nav a[aria-current]')?.hash", lambda found: found == link)
-    page.wait("!document.querySelector('main').ariaBusy && document.querySelectorAll('h1').length === 1")
-
-
-def rows(page: Browser, at: str = "main") -> list[list[str]]:
-    """The cells of all rows of tables."""
-    found: list[list[str]] = page.evaluate(
-        f"[...document.querySelectorAll('{at} tbody tr')].map(row => [...row.cells].map(cell => cell.innerText))"
-    )
-    return found
-
-
-def without_complaints(page: Browser) -> None:
-    assert page.complaints == []
-
-
-# -- what is seen
 
 
 def test_the_key_leaves_the_address_and_stays_with_the_browser(page: Browser, ui: Ui) -> None:
@@ -380,137 +293,3 @@ def test_an_ended_server_is_said(page: Browser, cluster: OutsideClientCluster) -
     page.wait_text("shop/web")
     other.end()
     page.wait_text("ebpfproxy ui does not answer")
-
-
-# -- the keyboard
-
-
-def focused(page: Browser) -> str:
-    return str(
-        page.evaluate(
-            "document.activeElement.innerText || document.activeElement.id || document.activeElement.tagName"
-        )
-    )
-
-
-def test_everything_is_reached_by_keyboard(page: Browser) -> None:
-    page.evaluate("document.activeElement.blur()")
-    page.press("Tab")
-    assert focused(page) == "To the content"
-    assert page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
-    seen = []
-    for _ in range(6):
-        page.press("Tab")
-        seen.append(focused(page))
-    assert seen == ["Services", "Live", "Refusals", "Explain", "Check", "Node"]
-    page.press("Enter")
-    page.wait_text("endpointslices")
-    # The heading has the focus, for who hears the page.
-    assert focused(page) == "Node"
-    page.press("/")
-    page.wait("document.activeElement.id", lambda found: found == "search")
-    page.type("web")
-    page.wait("document.querySelectorAll('main tbody tr').length", lambda found: found == 1)
-    page.press("Enter")
-    assert focused(page) == "shop/web"
-    page.press("Enter")
-    page.wait_text("Frontends")
-    outline = page.evaluate(
-        "(() => { const link = document.querySelector('main a'); link.focus({focusVisible: true});"
-        " return getComputedStyle(link).outlineStyle; })()"
-    )
-    assert outline == "solid"
-
-
-def test_the_focus_stays_where_it_is_when_numbers_change(
-    page: Browser, cluster: OutsideClientCluster
-) -> None:
-    page.press("/")
-    page.press("Tab")
-    assert focused(page) == "shop/elsewhere"
-    before = page.evaluate("document.querySelector('main tbody').innerText")
-    cluster.client.call(clients.ask_tcp, WEB, 80)
-    page.wait("document.querySelector('main tbody').innerText", lambda text: text != before)
-    assert focused(page) == "shop/elsewhere"
-
-
-def test_parts_have_names_and_roles(page: Browser) -> None:
-    for view in VIEWS:
-        go(page, view)
-        assert page.evaluate("document.title").endswith("· ebpfproxy")
-        unnamed = page.evaluate(
-            "[...document.querySelectorAll('input, select')].filter(each => !each.labels.length).length"
-        )
-        assert unnamed == 0
-        assert page.evaluate("[...document.querySelectorAll('th')].every(each => each.scope === 'col')")
-    assert page.evaluate("document.documentElement.lang") == "en"
-
-
-# -- how it looks
-
-
-def _channel(value: float) -> float:
-    value /= 255
-    return value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4
-
-
-def contrast(one: str, other: str) -> float:
-    """The ratio of WCAG 2 of two colours, ``rgb(…)``."""
-    found = []
-    for colour in (one, other):
-        red, green, blue = map(_channel, map(float, re.findall(r"[\d.]+", colour)[:3]))
-        found.append(0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
-    return max(found) / min(found)
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_both_schemes(page: Browser, scheme: str) -> None:
-    page.prefer(scheme)
-    dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
-    assert dark is (scheme == "dark")
-    for view in VIEWS:
-        go(page, view)
-        pairs = page.evaluate(
-            """[...document.querySelectorAll('body *')].filter(each => each.checkVisibility() && each.innerText).map(each => {
-              let behind = each;
-              while (behind && getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
-              return [each.tagName, getComputedStyle(each).color, getComputedStyle(behind ?? document.body).backgroundColor];
-            })"""
-        )
-        assert [pair for pair in pairs if contrast(pair[1], pair[2]) < 4.5] == []
-
-
-@pytest.mark.parametrize("width", [320, 390, 768, 1200])
-def test_only_tables_are_wider_than_the_page(page: Browser, width: int) -> None:
-    page.size(width, 800)
-    for view in VIEWS:
-        go(page, view)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, view
-
-
-#: Whoever looks at them wants all.
-_SCREENS = [("light", 1200), ("dark", 390), ("dark", 1200), ("light", 390)]
-
-
-@pytest.mark.parametrize(("scheme", "width"), _SCREENS if _PICTURES else _SCREENS[:2])
-def test_pictures(
-    page: Browser, cluster: OutsideClientCluster, tmp_path: Path, scheme: str, width: int
-) -> None:
-    """Each view has a picture; light and dark are not the same."""
-    folder = Path(_PICTURES or tmp_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    page.prefer(scheme)
-    page.size(width, 900)
-    for view in VIEWS:
-        go(page, view)
-        if view == "live":
-            page.wait_text("tracing")
-            for _ in range(8):
-                cluster.client.call(clients.ask_tcp, WEB, 80)
-            cluster.client.call(clients.connect_error, "10.96.0.20", 80)
-            page.wait("document.querySelectorAll('main tbody tr').length", lambda found: found >= 9)
-        name = re.sub(r"\W+", "-", view)
-        data = page.picture(folder / f"{name}-{scheme}-{width}.png")
-        assert data.startswith(b"\x89PNG")
-    background: Any = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (contrast(background, "rgb(0, 0, 0)") > 10) is (scheme == "light")

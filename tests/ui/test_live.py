@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.outside_client import OutsideClientCluster
-from tests.e2e.test_trace import Trace, _connect_again, programs
+from tests.e2e.traces import Trace, connect_again, programs
 from tests.e2e.two_node_cluster import SERVICE_IPS
 from tests.lab import Agent, Lab, clients
 from tests.lab.waiting import AT_ONCE, until
@@ -172,7 +172,7 @@ def test_a_trace_ends_with_its_viewers_while_the_agent_hangs(
 def test_more_than_a_page_has_lines_for_is_counted(cluster: OutsideClientCluster, ui: Ui) -> None:
     """Whatever the rate, no decision is missed silently."""
     stream = ui.stream().wait_tracing()
-    cluster.client.call(_connect_again, WEB, 53, 5000)
+    cluster.client.call(connect_again, WEB, 53, 5000)
 
     def told() -> int:
         lost = [event.data for event in stream.poll() if event.name == "lost"]

@@ -123,11 +123,6 @@ def origin_netns(packed: bytes) -> int:
     return int(U32.unpack_from(packed, _ORIGIN_NETNS_AT)[0])
 
 
-def origin_elsewhere(packed: bytes) -> int:
-    """How many records in other maps sockets with this slot have."""
-    return int(U32.unpack_from(packed, _ORIGIN_NETNS_AT + U32.size)[0])
-
-
 # -- further frontends of unconnected sockets
 
 #: ``struct peer``: the frontend's port, which is 0 in a free place, and the ids.

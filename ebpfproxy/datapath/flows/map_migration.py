@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ebpfproxy.datapath.abi import flow_layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import NAT_STATE, NO_USE, BackendUse, Entry, Seen
-from ebpfproxy.datapath.abi.layout import NOBODY, NSEC_PER_SEC, U32, U64
+from ebpfproxy.datapath.abi.layout import NOBODY, NSEC_PER_SEC, U32, U64, known_names
 from ebpfproxy.datapath.abi.schema import FLOW_MARKS, SCHEMA_VERSION
 from ebpfproxy.datapath.abi.socket_layout import DATAGRAM_NOBODY
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
@@ -27,7 +27,7 @@ from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
-from ebpfproxy.services.model import Protocol
+from ebpfproxy.services.model import Family, Protocol, ServicePortKey
 
 _AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
 #: All that is read here, and by ``services.former``. A change of any of their structs raises SCHEMA_VERSION.
@@ -86,8 +86,8 @@ class _Source:
 class MapMigration:
     """Copies what is not there yet, as often as :meth:`copy` is called. Close it.
 
-    Entries of Services or backends that are gone are not copied. ``services.former`` has given ids to those
-    that may come back.
+    Entries of Services or backends without an id in the new maps are not copied. ``services.former`` names
+    those that are gone, so that they have one.
     """
 
     def __init__(self, pins: Path, maps: MapSet, programs: RecordPrograms) -> None:
@@ -304,9 +304,16 @@ def _unclaimed(entry: Entry) -> Entry:
     return Entry(entry.key, entry.with_seen(entry.seen & ~_CLAIMS))
 
 
+def nameless(number: int) -> ServicePortKey:
+    """Stands for a Service that is gone, by its id in other maps, while its connections are copied."""
+    return ServicePortKey("", f"deleted-{number}", "", Protocol.TCP, Family.IPV4)
+
+
 def _service_ids(old: MapSet, new: MapSet) -> dict[int, int]:
-    known = {value: U32.unpack(key)[0] for key, value in new["service_names"].items()}
-    return {U32.unpack(key)[0]: known[value] for key, value in old["service_names"].items() if value in known}
+    known = {name: number for number, name in known_names(new["service_names"].items())}
+    names = dict(known_names(old["service_names"].items()))
+    places = range(old["service_names"].spec.max_entries)
+    return {n: known[name] for n in places if (name := names.get(n) or nameless(n)) in known}
 
 
 def _backend_ids(old: MapSet, new: MapSet) -> dict[int, int]:

@@ -36,8 +36,6 @@ Info = TypeVar("Info", bound=ct.Structure)
 _QUERY_EFFECTIVE = 1  # of a query (BPF_F_QUERY_EFFECTIVE)
 #: More programs than the kernel lets attach to a cgroup's hook.
 _MOST_PROGRAMS = 256
-#: The kernel lets no program use more (MAX_USED_MAPS).
-_MOST_MAPS = 64
 _NOEXIST = 1  # of an update (BPF_NOEXIST)
 
 #: Errors of an update where there is no room: a full hash says E2BIG, a full LPM trie ENOSPC.
@@ -166,13 +164,6 @@ def map_info(fd: int) -> MapInfo:
 
 def prog_info(fd: int) -> ProgInfo:
     return _info(fd, ProgInfo())
-
-
-def prog_maps(fd: int) -> set[int]:
-    """The ids of the maps that a program uses."""
-    ids = (ct.c_uint32 * _MOST_MAPS)()
-    info = _info(fd, ProgInfo(nr_map_ids=_MOST_MAPS, map_ids=ct.addressof(ids)))
-    return set(ids[: info.nr_map_ids])
 
 
 def prog_name(number: int) -> str:

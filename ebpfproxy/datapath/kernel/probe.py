@@ -105,14 +105,18 @@ def _batch_works() -> bool:
 
 
 #: bpf(2) asks for one of these (linux/capability.h).
-_CAPABILITIES = {"CAP_BPF": 39, "CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_SYS_ADMIN": 21}
+_FOR_BPF = {"CAP_BPF": 39, "CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_SYS_ADMIN": 21}
+_CAPABILITIES = {**_FOR_BPF, "CAP_DAC_OVERRIDE": 1, "CAP_SYS_PTRACE": 19}
+
+
+def has_capability(name: str) -> bool:
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return bool(found and int(found[1], 16) & 1 << _CAPABILITIES[name])
 
 
 def missing_capabilities() -> list[str]:
     """Those of bpf(2) that this process lacks; CAP_SYS_ADMIN stands for all of them."""
-    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    held = int(found[1], 16) if found else 0
-    missing = [name for name, number in _CAPABILITIES.items() if not held & 1 << number]
+    missing = [name for name in _FOR_BPF if not has_capability(name)]
     return missing if "CAP_SYS_ADMIN" in missing else []
 
 

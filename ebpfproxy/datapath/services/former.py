@@ -1,7 +1,8 @@
 """Backends that clients may be connected to by maps of other sizes, which the complete state does not name.
 
 They get ids in the new maps before anything is copied there, so that their connections are copied, too, and
-end as they would in maps that stay: after the time in which an endpoint may come back.
+end as they would in maps that stay: after the time in which an endpoint may come back. So do Services that
+are not there any more: connections outlive them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import msgspec
 from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.abi.flow_layout import RemovalReason, unpack_departure
 from ebpfproxy.datapath.abi.layout import U32
-from ebpfproxy.datapath.flows.map_migration import other_maps
+from ebpfproxy.datapath.flows.map_migration import nameless, other_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.adopt import service_names, uses
 from ebpfproxy.services.model import Backend, ServicePort, ServicePortKey
@@ -28,10 +29,11 @@ def former_backends(pins: Path, maps: MapSet) -> Former:
     for old in other_maps(pins, maps):
         names = service_names(old)
         records = old.backends()
+        places = old["service_names"].spec.max_entries
         for service_id, backend_id in _uses(old, names):
             known = records.read(backend_id)
-            if known is not None and service_id in names:
-                found.setdefault(names[service_id], set()).add(known[0])
+            if known is not None and service_id < places:
+                found.setdefault(names.get(service_id, nameless(service_id)), set()).add(known[0])
         old.close()
     return found
 
@@ -60,3 +62,9 @@ def with_former(ports: Iterable[ServicePort], former: Former) -> Iterator[Servic
         if more:
             idle = tuple(each for each in port.idle if each not in more)
             yield msgspec.structs.replace(port, draining=(*port.draining, *sorted(more)), idle=idle)
+
+
+def without_service(ports: Iterable[ServicePort], former: Former) -> Iterator[ServicePort]:
+    """Service ports that are none of these, without frontends, with what serves old connections only."""
+    for key in former.keys() - {port.key for port in ports}:
+        yield ServicePort(key, frontends=(), cluster=(), local=(), draining=tuple(sorted(former[key])))

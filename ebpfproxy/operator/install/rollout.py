@@ -73,7 +73,7 @@ def wait(api: Api, namespace: str, name: str, seconds: float, say: Say) -> int:
     # A server that cannot be reached is not asked for more.
     if not unanswered:
         try:
-            said = list(why(api, namespace, name))
+            said = list(why(api.within(waiting), namespace, name))
         except ApiError as error:
             said.append(str(error))
     raise RolloutError("\n".join([f"{what}: nothing more became ready in {seconds:g} s", *said]))

@@ -77,7 +77,7 @@ def test_work_pod_sees_kube_proxy_its_rules_and_the_agents_maps(cluster: KubePro
             "iptables-legacy-save: iptables-save v1.8.9 (legacy): Cannot initialize: Permission denied",
         ),
         ("SYS_ADMIN", "Operation not permitted (this process lacks CAP_PERFMON, CAP_SYS_ADMIN)"),
-        ("SYS_PTRACE", "/ns/net'; root is needed"),
+        ("SYS_PTRACE", "/ns/net' (this process lacks CAP_SYS_PTRACE)"),
     ],
 )
 def test_work_pod_fails_without(cluster: KubeProxyCluster, missing: str, words: str) -> None:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from tests.packets.early_drop.clients import COUNT, Client, Clients, Part, part_of
+from ebpfproxy.datapath.abi.flow_layout import Seen
+from ebpfproxy.datapath.abi.hooks import PACKETS
+from ebpfproxy.datapath.kernel import probe
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.programs import bytecode, loader
+from tests.datapath.altered import altered_sources
+from tests.packets.early_drop.clients import COUNT, FIRST, LAST, Client, Clients, Part, part_of
+from tests.packets.wire import Wire
 
 pytestmark = pytest.mark.root
 
 
 #: With --bypass-netfilter a flow has one pair.
 of_two_pairs = pytest.mark.parametrize("bypass", [False], ids=["masquerade"], indirect=True, scope="package")
+
+
+@pytest.fixture
+def overtaken(wire: Wire, tables: MapSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    """Programs that another CPU overtakes (``altered``), for the same maps."""
+    sources = altered_sources(tmp_path)
+    monkeypatch.setattr(loader, "source_folder", lambda: sources)
+    # In an emulator clang takes minutes.
+    monkeypatch.setattr(bytecode, "_SECONDS", 800)
+    made = Wire(wire.node)
+    options = loader.Options(probe.probe(), host_netns_cookie=1, masquerade_ports=(FIRST, LAST))
+    made.programs = loader.ensure_loaded(tables, options, (PACKETS,))
+    yield made
+    made.close()
 
 
 def _spoiled(clients: Clients, protocol: str, bypass: bool) -> list[Client]:
@@ -72,6 +96,20 @@ def test_port_of_a_closed_flow_that_another_cpu_is_taking_is_left_to_it(clients:
     clients.claim(client)
     assert client.original(seq=9000)
     assert client.snat_port != port
+
+
+@of_two_pairs
+def test_port_that_another_cpu_takes_first_is_left_to_its_new_flow(clients: Clients, overtaken: Wire) -> None:
+    """The element of the closed flow's entry is the open one's when it is claimed. A claim that stays would keep that flow
+    from ever losing its port."""
+    client = clients.new()
+    client.establish()
+    assert client.original("R", 1001)
+    port, client.wire = client.snat_port, overtaken
+    assert client.original(seq=9000)
+    assert client.snat_port != port
+    (open_flow,) = (each for each in clients.entries(client) if each.flow.destination_port == port)
+    assert open_flow.seen == Seen.REPLY
 
 
 @of_two_pairs

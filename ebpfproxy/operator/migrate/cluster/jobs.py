@@ -75,18 +75,19 @@ class Jobs:
     def _create(self, name: str, manifest: Object) -> None:
         """Deletes a pod that an earlier call left, if it has ended."""
         wait = Wait(self._seconds)
+        api = self._api.within(wait)
         for _ in wait:
             try:
-                self._api.within(wait).create(manifest)
+                api.create(manifest)
                 return
             except ApiError as error:
                 if error.status != _EXISTS:
                     raise
-            old = self._api.get("Pod", self._namespace, name)
+            old = api.get("Pod", self._namespace, name)
             if old is None:
                 continue
             if pod_status.has_ended(old) or pod_status.cannot_start(old):
-                self._api.delete("Pod", self._namespace, name)
+                api.delete("Pod", self._namespace, name)
             elif "deletionTimestamp" not in old["metadata"]:
                 raise JobError(f"pod {self._namespace}/{name} runs already: another call works on this node")
         raise JobError(f"pod {self._namespace}/{name} is still there after {self._seconds:g} s")
@@ -95,8 +96,9 @@ class Jobs:
         where = f"{node}: pod {self._namespace}/{name}"
         to_start = time.monotonic() + self._seconds
         wait = Wait(seconds)
+        api = self._api.within(wait)
         for _ in wait:
-            pod = self._api.within(wait).get("Pod", self._namespace, name)
+            pod = api.get("Pod", self._namespace, name)
             if pod is None:
                 raise JobError(f"{where} is gone")
             if why := pod_status.cannot_start(pod):
@@ -106,7 +108,7 @@ class Jobs:
             if time.monotonic() >= to_start and not pod_status.has_started(pod):
                 raise JobError(f"{where} has not started after {self._seconds:g} s: {self._warning(name)}")
             if looks is not None and pod_status.has_started(pod):
-                looks(self._log(name))
+                looks(self._log(api, name))
         raise JobError(f"{where} has not ended in time")
 
     def _ended(self, where: str, name: str, pod: Object) -> Done:
@@ -123,10 +125,10 @@ class Jobs:
             raise JobError(f"{where}: {pod_status.failure(pod)}")
         return Done(code, text)
 
-    def _log(self, name: str) -> str:
+    def _log(self, api: Api, name: str) -> str:
         """Returns the log; empty where it cannot be read now."""
         try:
-            return self._api.log(self._namespace, name)
+            return api.log(self._namespace, name)
         except ApiError:
             return ""
 

@@ -177,8 +177,7 @@ static __always_inline enum outcome end_if_over(struct sweep *s, const struct fl
 		other = conntrack_read(&s->partner_key, &s->partner);
 	has_partner = other && is_reverse(partner, key);
 	seen = lasting = nat->seen | partner->seen;
-	if (nat->flags & NAT_REPLY ? is_half_open(key, partner, nat)
-				   : is_half_open(key, nat, partner))
+	if (is_half_open(key, nat->flags & NAT_REPLY ? partner : nat))
 		lasting &= ~SEEN_REPLY;
 	if (!is_removed && has_partner && !is_silent(s, &s->partner_key, partner, lasting))
 		return KEPT;

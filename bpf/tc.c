@@ -69,10 +69,15 @@ static __always_inline bool handle_known_flow(struct __sk_buff *skb, const struc
 		*verdict = forward_flow(skb, p, in_map);
 		return true;
 	}
+	/* Data of SCTP begins no association. */
+	if (found == FLOW_OVER && !can_open_flow(skb, p)) {
+		*verdict = forward_flow(skb, p, in_map);
+		return true;
+	}
 	/*
 	 * Nothing may be in the way of a direct flow that begins anew: it keeps its port then. What
-	 * kube-proxy begins is also kube-proxy's in the packets after this one. If a flow with one
-	 * pair is over, early drop would never free its port: no entry leads to it any more.
+	 * kube-proxy begins is also kube-proxy's in the packets after this one. Of a flow that is
+	 * over, early drop finds a masquerade by the reply's entry, and the port of one pair not.
 	 */
 	if (found == FLOW_REJECT || is_of_no_service(nat) || defer_to_kube_proxy(p) ||
 	    (found == FLOW_OVER && nat->flags & (NAT_BYPASS | NAT_HOST))) {
@@ -80,6 +85,10 @@ static __always_inline bool handle_known_flow(struct __sk_buff *skb, const struc
 		scratch_of(p)->has_entry = false;
 	} else {
 		conntrack_end(in_map, nat);
+		if (found == FLOW_OVER) {
+			conntrack_delete(&p->flow);
+			scratch_of(p)->has_entry = false;
+		}
 	}
 	if (found == FLOW_MOVE)
 		decision_flow_left(p, nat);

@@ -371,7 +371,9 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 		if (MEASURE_CONNECTIONS)
 			s->is_first_reply = true;
 	}
-	if (DSR_SENDS && is_dsr_confirmation(p, entry))
+	/* A SYN has other numbers: by them nobody would know that the connection is open. */
+	if ((DSR_SENDS && is_dsr_confirmation(p, entry)) ||
+	    ((p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && entry->acked))
 		mark_seen(nat, SEEN_REPLY);
 	/* TCP packets have flags, except later fragments. */
 	if (conntrack_track_end(p, nat, entry, may_be_cached) && p->tcp_flags &&

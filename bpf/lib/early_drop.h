@@ -28,7 +28,7 @@
 static __always_inline u64 is_unconfirmed(const struct flow *flow, const struct nat *original,
 					  const struct nat *reply)
 {
-	return is_zero(reply->seen & SEEN_REPLY) | is_half_open(flow, original, reply);
+	return is_zero(reply->seen & SEEN_REPLY) | is_half_open(flow, original);
 }
 
 /* Says if a flow may end for another one, from the two entries of its pair that has the port. */

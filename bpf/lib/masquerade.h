@@ -278,15 +278,14 @@ static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scra
 	in_map = conntrack_read(&between, &s->other);
 	s->is_known = in_map != NULL;
 	/*
-	 * A flow that begins anew keeps its port while that is its own: see early_drop.h. If a side
-	 * had closed the former one it gets new entries with that port: it would be closed as soon
-	 * as the other side does.
+	 * A flow that begins anew keeps its port while that is its own: see early_drop.h. A new
+	 * connection gets new entries with it, since those of the former one say how that was.
 	 */
 	if (in_map && is_masquerade(known) && addr_equal(&known->src, addr)) {
 		partner_key(&s->key, &between, known);
 		reply = conntrack_lookup(&s->key);
 		if (reply && is_reverse(reply, &between)) {
-			if (known->seen & FLOW_SEEN & ~SEEN_REPLY)
+			if (proto == IPPROTO_TCP)
 				mark_seen(reply, SEEN_RST);
 			else if (keep_entry(&s->key, in_map, reply, s->nat.last))
 				return INSERT_DONE;

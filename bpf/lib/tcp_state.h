@@ -41,14 +41,14 @@ static __always_inline bool is_believable(const struct packet *p, const struct n
 
 /*
  * Says if a client has not acknowledged what the backend has answered to its SYN (netfilter:
- * SYN_RECV). There may be no such client: a flood comes from forged addresses. A SYN that is late,
- * or forged, makes none of a connection whose data has been acknowledged.
+ * SYN_RECV), from the entry of the original direction. There may be no such client: a flood comes
+ * from forged addresses. A SYN that is late, or forged, makes none of a connection that is open:
+ * see conntrack_track().
  */
-static __always_inline u64 is_half_open(const struct flow *flow, const struct nat *original,
-					const struct nat *reply)
+static __always_inline u64 is_half_open(const struct flow *flow, const struct nat *original)
 {
 	return is_zero(flow->proto ^ IPPROTO_TCP) & (is_zero(original->end) ^ 1) &
-	       is_zero(original->acked) & is_zero(reply->acked ^ original->end);
+	       is_zero(original->acked) & is_zero(original->seen & SEEN_REPLY);
 }
 
 /* Returns the later of two sequence numbers. One that is far away belongs to a new connection. */

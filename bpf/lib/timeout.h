@@ -44,7 +44,7 @@ static __always_inline u64 is_over(const struct flow *flow, const struct nat *or
 	const u64 ahead = is_less(original->last, reply->last);
 	const u64 last = select(ahead, reply->last, original->last);
 	const u64 lasted = is_less(original->created + NSEC_PER_SEC - 1, last);
-	const u64 answers = is_half_open(flow, original, reply) * SEEN_REPLY;
+	const u64 answers = is_half_open(flow, original) * SEEN_REPLY;
 	const u8 seen = (original->seen | reply->seen) & ~answers;
 	const u64 limit = timeout(map_value(sweep), row, seen, lasted);
 

@@ -137,13 +137,14 @@ def test_flow_expires_after_the_timeout_of_its_state(
     assert bench.left == 2
 
 
-def half_open(bench: Bench, port: int, idle: float, *, replied: int = 101, acked: int = 0) -> None:
+def half_open(
+    bench: Bench, port: int, idle: float, *, replied: int = 101, acked: int = 0, seen: int = 0
+) -> None:
     """A client's SYN with the number 100, and the backend's answer, which acknowledges up to ``replied``."""
     last, began = bench.now - int(idle * S), bench.now - 3600 * S
-    seen = Seen.REPLY
-    original = Nat(CLIENT, BACKEND, port, 8080, 1, 1, NatFlags(0), Seen(0), last, began, 101, acked)
+    original = Nat(CLIENT, BACKEND, port, 8080, 1, 1, NatFlags(0), Seen(seen), last, began, 101, acked)
     bench.add(Flow(CLIENT, FRONTEND, port, 80, 6, False), original)
-    reply = Nat(FRONTEND, CLIENT, 80, port, 1, 1, NatFlags.REPLY, seen, last, began, 501, replied)
+    reply = Nat(FRONTEND, CLIENT, 80, port, 1, 1, NatFlags.REPLY, Seen.REPLY, last, began, 501, replied)
     bench.add(Flow(BACKEND, CLIENT, 8080, port, 6, True), reply)
 
 
@@ -165,9 +166,11 @@ def test_connection_that_its_client_never_confirmed_expires_like_one_without_a_r
 
 
 def test_forged_or_late_syn_does_not_shorten_the_life_of_a_connection(bench: Bench) -> None:
-    """It begins the numbers of its direction anew; what the backend has acknowledged tells that there is another."""
-    half_open(bench, 1, 3600, replied=7000)
-    assert bench.sweeper.sweep().expired == 0
+    """It begins the numbers of its direction anew. Two SYNs with different ones are still no connection."""
+    half_open(bench, 1, 3600, replied=7000, seen=Seen.REPLY)
+    half_open(bench, 2, 3600, replied=7000)
+    assert bench.sweeper.sweep().expired == 2
+    assert bench.left == 2
 
 
 def test_masquerade_of_a_connection_that_was_never_confirmed_expires_with_it(bench: Bench) -> None:

@@ -96,8 +96,8 @@ class FlowRow(msgspec.Struct, frozen=True):
 
 def is_half_open(protocol: int, original: Nat, reply: Nat) -> bool:
     """True if a client has not acknowledged what the backend has answered to its SYN; as in tcp_state.h."""
-    is_silent = bool(original.end) and not original.acked
-    return protocol == Protocol.TCP and is_silent and reply.acked == original.end
+    is_silent = bool(original.end) and not original.acked and not original.seen & Seen.REPLY
+    return protocol == Protocol.TCP and is_silent and bool(reply.seen & Seen.REPLY)
 
 
 #: The states that :func:`state_of` returns.

@@ -79,6 +79,18 @@ def test_half_open_connections_lose_their_port(clients: Clients) -> None:
     assert client.is_alive()
 
 
+@pytest.mark.parametrize("answered", [False, True])
+def test_second_syn_makes_no_connection(clients: Clients, answered: bool) -> None:
+    """It has another number, as a flood may choose; the backend acknowledges the first one again."""
+    flood = _half_open(clients)
+    for each in flood:
+        assert each.original("S", 7_000_000)
+        if answered:
+            assert each.reply("A", 5001, 1001) == each.address
+    assert clients.new().original()
+    assert len([each for each in flood if clients.entries(each)]) == COUNT - 1
+
+
 def test_packet_of_a_flow_that_has_lost_its_port_does_not_leave_by_it(clients: Clients) -> None:
     flood = _half_open(clients)
     client = clients.new()

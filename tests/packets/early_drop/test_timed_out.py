@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
+from ebpfproxy.datapath.flows.conntrack_table import Timeouts
+from ebpfproxy.datapath.flows.sweeper import Sweeper
+from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.packets.early_drop.clients import COUNT, Client, Clients, Part, part_of
 
 pytestmark = pytest.mark.root
@@ -155,13 +160,52 @@ def test_port_stays_while_one_side_sends_after_a_connection_that_one_side_had_cl
     assert not other.original() or other.snat_port != client.snat_port
 
 
-def test_association_that_has_timed_out_needs_a_chunk_that_begins_one(clients: Clients) -> None:
-    """Data alone does not, with netfilter neither."""
+def test_masquerade_of_a_connection_that_began_anew_is_half_open_again(
+    clients: Clients, tables: MapSet
+) -> None:
+    """Nobody has answered the new SYN: what the former one's answer was says nothing."""
+    client = clients.new()
+    assert client.original()
+    assert client.reply() == client.address
+    for _ in range(2):
+        clients.silence(client, SILENT["TCP"])
+        port = client.snat_port
+        assert client.original("S", 7_000_000)
+        assert client.snat_port == port or client.bypass
+    clients.silence(client, SILENT["TCP"])
+    with closing(Sweeper(tables, Timeouts(), next(tables.folder.glob("progs-*")))) as sweeper:
+        sweeper.sweep()
+    assert clients.entries(client) == []
+
+
+def open_flows(tables: MapSet) -> int:
+    loads = tables.loads()
+    counted = [loads[number] for number in loads.counted(len(loads))]
+    return sum(each.flows_begun - each.flows_ended for each in counted)
+
+
+def test_association_goes_on_until_a_chunk_begins_one(clients: Clients, tables: MapSet) -> None:
+    """Data alone does not."""
     client = clients.new("SCTP")
     client.establish()
+    before, flows = begun(clients, client), open_flows(tables)
     clients.silence(client, SILENT["SCTP"])
-    assert not client.original("A")
+    assert client.is_alive()
+    assert begun(clients, client) == before
+    clients.silence(client, SILENT["SCTP"])
     assert client.original()
+    assert begun(clients, client) != before
+    assert open_flows(tables) == flows
+
+
+def test_flow_that_begins_anew_is_counted_once(clients: Clients, tables: MapSet, protocol: str) -> None:
+    client = clients.new(protocol, of_two=True)
+    assert client.original()
+    flows = open_flows(tables)
+    for _ in range(6):
+        clients.silence(client, SILENT[protocol])
+        assert client.original()
+        assert open_flows(tables) == flows
 
 
 def test_established_connection_goes_on(clients: Clients) -> None:

@@ -9,8 +9,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-# A file of tests to each worker; in the order of their names, so that the long ones are not the last. Tests wait
-# for half of their time.
+# A file of tests to each worker, or a folder (tests/conftest.py); in the order of their names, so that the long ones
+# are not the last. Tests wait for half of their time.
 WORKERS ?= $(shell echo $$((3 * $$(nproc) + 1)))
 FAST_WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -40,8 +40,27 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if marks and re.search(rf"\bmark\.({'|'.join(deselected)})\b", marks[1]) else None
 
 
-#: Folders with files that take a minute and more.
-_LONG = tuple(f"{Path(__file__).parent}/{name}/" for name in ("e2e", "field", "operator", "ui"))
+#: Folders with files that take a minute and more, or that are one worker's.
+_LONG = tuple(f"{Path(__file__).parent}/{name}/" for name in ("e2e", "field", "operator", "packets", "ui"))
+#: Each of these folders is one worker's: its files share a cluster, which each worker would set up.
+_TOGETHER = re.compile(r"tests/packets/(early_drop/)?")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Without ``--dist loadfile`` xdist makes its own."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # noqa: PLC0415 - not where one process runs all tests
+
+    made = LoadFileScheduling(config, log)
+    made._split_scope = _scope
+    return made
+
+
+def _scope(node_id: str) -> str:
+    folder = _TOGETHER.match(node_id)
+    return folder[0] if folder else node_id.partition("::")[0]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,7 +20,7 @@ import pytest
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import uapi
-from ebpfproxy.datapath.abi.hooks import MODULES, RECORDS, SOCKET_HOOKS, SOCKETS, SWEEP, Module
+from ebpfproxy.datapath.abi.hooks import MODULES, RECORDS, SOCKET_HOOKS, SOCKETS, Module
 from ebpfproxy.datapath.kernel import bpf, maps, probe
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.libbpf import ProgInfo
@@ -202,11 +202,34 @@ def test_every_source_compiles_without_warnings(module: Module) -> None:
     assert bytecode.get(loader.recipe(loader.source_folder(), module)).warnings == ""
 
 
+#: A module, and the constants that its programs refer to: all that a load depends on.
+Load = tuple[Module, frozenset[tuple[str, int]]]
+
+
+def loads_of(options: loader.Options) -> Iterator[Load]:
+    constants = options.constants(loader.Sizes(1, 1, 1, 1, 1))
+    for module in MODULES:
+        programs = bytecode.get(loader.recipe(loader.source_folder(), module)).programs.values()
+        used = {name for each in programs for _, name in (*each.constants, *each.functions)}
+        yield module, frozenset((name, constants[name]) for name in used)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> set[Load]:
+    """What has been loaded by the tests so far."""
+    return set()
+
+
 @pytest.mark.parametrize("chosen", CHOICES, ids="-".join)
-def test_every_option_set_loads(opened: MapSet, chosen: dict[str, Any]) -> None:
-    """The modules include those for devices without a link layer."""
+def test_every_option_set_loads(opened: MapSet, chosen: dict[str, Any], loaded: set[Load]) -> None:
+    """The modules include those for devices without a link layer.
+
+    A module is not loaded again for options that none of its programs refers to.
+    """
     options = msgspec.structs.replace(OPTIONS, **chosen)
-    home = loader.ensure_loaded(opened, options, MODULES)
+    new = set(loads_of(options)) - loaded
+    home = loader.ensure_loaded(opened, options, [module for module, _ in new])
+    loaded |= new
     verified = {path.name: verified_instructions(path) for path in home.iterdir()}
     assert {name: count for name, count in verified.items() if count > MOST_VERIFIED} == {}
 
@@ -229,7 +252,7 @@ def test_verifier_log_with_program_and_kernel_is_reported(
     beyond = "if (ctx->user_port)\n\t\treturn *(volatile int *)((char *)ctx + 4096);"
     changed_source(tmp_path, monkeypatch, begin, f"{begin}\n\t{beyond}")
     with pytest.raises(loader.LoadError) as error:
-        loader.ensure_loaded(opened, OPTIONS, (SOCKETS, RECORDS, SWEEP))
+        loader.ensure_loaded(opened, OPTIONS, (SOCKETS, RECORDS))
     lines = str(error.value).splitlines()
     assert lines[0] == f"program recvmsg4 does not load (kernel {platform.release()}): Permission denied"
     assert any("invalid bpf_context access off=4096" in line for line in lines)

@@ -8,6 +8,7 @@ profile. That is CRI-O's and podman's, from Debian's package; containerd's knows
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -26,6 +27,7 @@ from tests.lab.waiting import READY_SECONDS
 
 TOP = Path(__file__).parents[2]
 _PROFILE = "usr/share/containers/seccomp.json"
+_KEPT_PROFILE = TOP / ".kernels/seccomp.json"
 _ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
 #: containerd masks these and makes those read-only, unless a container is privileged.
 _MASKED = [
@@ -62,6 +64,16 @@ def default_seccomp() -> str:
     """Returns the published profile for all architectures and capabilities; needs Debian's registry."""
     if Path("/", _PROFILE).exists():
         return Path("/", _PROFILE).read_text()
+    _KEPT_PROFILE.parent.mkdir(exist_ok=True)
+    with _KEPT_PROFILE.with_suffix(".lock").open("w") as lock:
+        # Each worker of pytest would download it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _KEPT_PROFILE.exists():
+            _download_seccomp(_KEPT_PROFILE)
+    return _KEPT_PROFILE.read_text()
+
+
+def _download_seccomp(path: Path) -> None:
     package = "golang-github-containers-common"
     with tempfile.TemporaryDirectory() as folder:
         # apt downloads as another user.
@@ -72,7 +84,9 @@ def default_seccomp() -> str:
             subprocess.run(["apt-get", "download", "-q", package], cwd=folder, check=True)
         (deb,) = Path(folder).glob("*.deb")
         subprocess.run(["dpkg-deb", "-x", str(deb), f"{folder}/root"], check=True)
-        return Path(folder, "root", _PROFILE).read_text()
+        part = path.with_suffix(".part")
+        shutil.copy(Path(folder, "root", _PROFILE), part)
+        part.rename(path)
 
 
 def seccomp_for(capabilities: Iterable[str]) -> Object:

@@ -77,10 +77,9 @@ def sockets_between(
     if not netns:
         return {}
     wanted = (to.address, to.port)
-    table = OriginTable(maps)
     further = (each for entry in maps["sock_peers"].items() for each in peers_as_origins(*entry))
     found: Counter[int] = Counter()
-    for origin in chain(each_of(table.connected()), each_of(table.unconnected()), further):
+    for origin in chain(each_of(OriginTable(maps).open()), further):
         if origin_netns(origin) != netns & _COOKIE or origin_frontend(origin) != wanted:
             continue
         use = origin_use(origin)

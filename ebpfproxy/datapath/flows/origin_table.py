@@ -40,20 +40,25 @@ class OriginTable:
 
         A socket that is connected or closed meanwhile may be among them, or not.
         """
-        yield from self._in_slots(OriginKind.CONNECTED, rest)
+        yield from self._in_slots(rest, OriginKind.CONNECTED)
         yield from self._in_overflow(OriginKind.CONNECTED, rest)
 
     def closed(self, rest: Callable[[], None] = _NO_REST) -> Iterator[bytes]:
         """The same of closed TCP sockets whose connection still goes on; only while traffic is measured."""
-        yield from self._in_slots(OriginKind.CLOSED, rest)
+        yield from self._in_slots(rest, OriginKind.CLOSED)
         yield from self._in_overflow(OriginKind.CLOSED, rest)
 
     def unconnected(self, rest: Callable[[], None] = _NO_REST) -> Iterator[bytes]:
         """The same of unconnected datagram sockets: the first frontend that each has sent to."""
-        return self._in_slots(OriginKind.UNCONNECTED, rest)
+        return self._in_slots(rest, OriginKind.UNCONNECTED)
 
-    def _in_slots(self, kind: OriginKind, rest: Callable[[], None]) -> Iterator[bytes]:
-        size, wanted = ORIGIN.size, re.compile(re.escape(bytes((kind,))))
+    def open(self) -> Iterator[bytes]:
+        """The same of connected and unconnected sockets, in half of the time of one after the other."""
+        yield from self._in_slots(_NO_REST, OriginKind.CONNECTED, OriginKind.UNCONNECTED)
+        yield from self._in_overflow(OriginKind.CONNECTED, _NO_REST)
+
+    def _in_slots(self, rest: Callable[[], None], *wanted_kinds: OriginKind) -> Iterator[bytes]:
+        size, wanted = ORIGIN.size, re.compile(b"[" + re.escape(bytes(wanted_kinds)) + b"]")
         for window in self._slots.windows():
             # The kinds alone are copied first: most slots are free.
             kinds = window[ORIGIN_KIND_AT::size]

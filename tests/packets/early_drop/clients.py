@@ -123,11 +123,13 @@ class Clients:
         ]
 
     def silence(self, client: Client, seconds: float) -> None:
-        """Makes a flow silent for so many seconds more."""
+        """Makes a flow as if it had had all its packets so many seconds earlier."""
         for entry in self.entries(client):
-            self.silence_entry(entry, seconds)
+            times = U64.pack(earlier(entry.last, seconds)) + U64.pack(earlier(entry.nat.created, seconds))
+            self._change(entry, _LAST_AT, times)
 
     def silence_entry(self, entry: Entry, seconds: float) -> None:
+        """Makes an entry as if it had had no packet for so many seconds more."""
         self._change(entry, _LAST_AT, U64.pack(earlier(entry.last, seconds)))
 
     def lose(self, client: Client, part: Part) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def overtaken(wire: Wire, tables: MapSet, tmp_path: Path, monkeypatch: pytest.Mo
     made.programs = loader.ensure_loaded(tables, options, (PACKETS,))
     yield made
     made.close()
+    # The next test takes any folder of programs for the agent's.
+    shutil.rmtree(made.programs)
 
 
 def _spoiled(clients: Clients, protocol: str, bypass: bool) -> list[Client]:

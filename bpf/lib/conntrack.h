@@ -288,11 +288,14 @@ static __always_inline void conntrack_forget(const struct flow *flow, struct nat
  * Puts the other entry of the pair back if the LRU map took it: it may choose the entry of a
  * direction that is silent, or that nobody has looked up for long. This look-up also tells the map
  * that the other entry is in use. Nobody knows then if there was a reply: the flow is taken for one
- * that had, so that it does not lose its port as one that was never answered.
+ * that had, so that it does not lose its port as one that was never answered. A backend that sends
+ * its SYN-ACK once more says that the client has not acknowledged it.
  */
-static __always_inline void conntrack_keep_partner(struct scratch *s, const struct flow *flow,
+static __always_inline void conntrack_keep_partner(struct scratch *s, const struct packet *p,
 						   const struct nat *entry)
 {
+	const struct flow *flow = &p->flow;
+
 	if (entry->flags & NAT_OWN || is_closed(entry))
 		return;
 	partner_key(&s->key, flow, entry);
@@ -301,8 +304,12 @@ static __always_inline void conntrack_keep_partner(struct scratch *s, const stru
 	s->nat = *entry;
 	s->nat.seen &= FLOW_SEEN | SEEN_MASKED;
 	invert_entry(s, flow);
-	if (s->nat.flags & NAT_REPLY)
+	if (s->nat.flags & NAT_REPLY) {
 		s->nat.seen |= SEEN_REPLY;
+	} else if (p->tcp_flags & TCP_SYN) {
+		s->nat.acked = 0;
+		s->nat.seen &= ~SEEN_REPLY;
+	}
 	/* A copy of it is as good as before. */
 	conntrack_add(s);
 }
@@ -363,7 +370,7 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 		return;
 	if ((s64)(now - entry->last) > (s64)NSEC_PER_SEC) {
 		nat->last = now;
-		conntrack_keep_partner(s, &p->flow, entry);
+		conntrack_keep_partner(s, p, entry);
 	}
 	/* Only one entry needs to know that there was a reply. */
 	if (entry->flags & NAT_REPLY && !(entry->seen & SEEN_REPLY)) {
@@ -373,7 +380,7 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 	}
 	/* A SYN has other numbers: by them nobody would know that the connection is open. */
 	if ((DSR_SENDS && is_dsr_confirmation(p, entry)) ||
-	    ((p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && entry->acked))
+	    (p->tcp_flags & TCP_SYN && entry->acked))
 		mark_seen(nat, SEEN_REPLY);
 	/* TCP packets have flags, except later fragments. */
 	if (conntrack_track_end(p, nat, entry, may_be_cached) && p->tcp_flags &&

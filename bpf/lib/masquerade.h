@@ -196,7 +196,8 @@ static __always_inline enum insert insert_original(struct scratch *s, bool was_k
 	if (done != INSERT_TAKEN)
 		return done;
 	others = conntrack_read(&s->key, &s->other);
-	if (others)
+	/* One that began earlier is what a reply has put back: it is counted no more. */
+	if (others && (s64)(s->nat.last - s->other.created) < (s64)NSEC_PER_SEC)
 		conntrack_end(others, &s->other);
 	return conntrack_put(s, true);
 }

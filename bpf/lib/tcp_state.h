@@ -47,8 +47,8 @@ static __always_inline bool is_believable(const struct packet *p, const struct n
  */
 static __always_inline u64 is_half_open(const struct flow *flow, const struct nat *original)
 {
-	return is_zero(flow->proto ^ IPPROTO_TCP) & (is_zero(original->end) ^ 1) &
-	       is_zero(original->acked) & is_zero(original->seen & SEEN_REPLY);
+	return is_zero(flow->proto ^ IPPROTO_TCP) & is_zero(original->acked) &
+	       is_zero(original->seen & SEEN_REPLY);
 }
 
 /* Returns the later of two sequence numbers. One that is far away belongs to a new connection. */

@@ -96,7 +96,7 @@ class FlowRow(msgspec.Struct, frozen=True):
 
 def is_half_open(protocol: int, original: Nat, reply: Nat) -> bool:
     """True if a client has not acknowledged what the backend has answered to its SYN; as in tcp_state.h."""
-    is_silent = bool(original.end) and not original.acked and not original.seen & Seen.REPLY
+    is_silent = not original.acked and not original.seen & Seen.REPLY
     return protocol == Protocol.TCP and is_silent and bool(reply.seen & Seen.REPLY)
 
 

@@ -91,6 +91,29 @@ def test_second_syn_makes_no_connection(clients: Clients, answered: bool) -> Non
     assert len([each for each in flood if clients.entries(each)]) == COUNT - 1
 
 
+def test_flood_with_the_last_sequence_number_makes_no_connection(clients: Clients) -> None:
+    """Its SYNs end at 0."""
+    for _ in range(COUNT):
+        each = clients.new()
+        assert each.original("S", 0xFFFFFFFF)
+        assert each.reply("SA", 5000, 0) == each.address
+    assert clients.new().original()
+
+
+def test_backend_that_repeats_its_answer_makes_no_connection(clients: Clients) -> None:
+    """The full table has evicted the client's entries, which the answer puts back."""
+    for _ in range(COUNT):
+        each = clients.new()
+        assert each.original()
+        assert each.reply() == each.address
+        clients.lose(each, Part.MASQUERADE)
+        if not each.bypass:
+            clients.lose(each, Part.ORIGINAL)
+        clients.silence(each, 2)
+        assert each.reply() == each.address
+    assert clients.new().original()
+
+
 def test_packet_of_a_flow_that_has_lost_its_port_does_not_leave_by_it(clients: Clients) -> None:
     flood = _half_open(clients)
     client = clients.new()
@@ -150,13 +173,13 @@ def test_established_flows_keep_their_ports_in_a_flood(clients: Clients, protoco
 
 
 def test_late_syn_makes_no_established_connection_a_half_open_one(clients: Clients) -> None:
-    """Nor does a forged one. The client of an idle connection may not send anything for long."""
+    """Nor does a forged one, or a SYN-ACK that acknowledges nothing. The client of an idle connection may not send anything for long."""
     kept = [clients.new() for _ in range(COUNT)]
     for each in kept:
         each.establish()
-    for seq in (1000, 77):
+    for flags, seq in (("S", 1000), ("S", 77), ("SA", 77)):
         for each in kept:
-            assert each.original("S", seq)
+            assert each.original(flags, seq)
         assert not clients.new().original()
     assert all(each.is_alive() for each in kept)
 

@@ -65,12 +65,8 @@ static __always_inline bool handle_known_flow(struct __sk_buff *skb, const struc
 	if (!AT_LOOPBACK && p->tcp_flags & TCP_SYN)
 		flow_cache_take(&p->flow, in_map, &scratch_of(p)->entry);
 	found = flow_verdict_of(p, in_map);
-	if (found == FLOW_FORWARD) {
-		*verdict = forward_flow(skb, p, in_map);
-		return true;
-	}
 	/* Data of SCTP begins no association. */
-	if (found == FLOW_OVER && !can_open_flow(skb, p)) {
+	if (found == FLOW_FORWARD || (found == FLOW_OVER && !can_open_flow(skb, p))) {
 		*verdict = forward_flow(skb, p, in_map);
 		return true;
 	}
